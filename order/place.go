@@ -1,0 +1,296 @@
+package order
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"idempotent-orders/gen/db"
+	"idempotent-orders/idempotency"
+)
+
+const (
+	// placeTimeout bounds a transaction that places orders. It is shorter than a reservation lasts, and than the time a
+	// stopping server gives its requests.
+	placeTimeout = 5 * time.Second
+	// lookUpTimeout bounds the look after a commit whose outcome is unknown.
+	lookUpTimeout = 2 * time.Second
+)
+
+// Store places and finds orders in PostgreSQL. It is safe for concurrent use.
+type Store struct {
+	pool      *pgxpool.Pool
+	retention time.Duration
+	committed func()
+}
+
+// NewStore returns a store on a migrated database. An idempotency key answers for retention after its order was placed.
+// committed, if not nil, is called after each commit that wrote events to the outbox; it must not block.
+func NewStore(pool *pgxpool.Pool, retention time.Duration, committed func()) *Store {
+	if committed == nil {
+		committed = func() {}
+	}
+	return &Store{pool: pool, retention: retention, committed: committed}
+}
+
+// Place places an order, or returns the answer to the send that already did under the same key. It goes on to the end
+// when ctx is cancelled: a caller that leaves does not leave an order half placed. Errors wrap idempotency.ErrMismatch,
+// ErrUnavailable (nothing was committed) or idempotency.ErrOutcomeUnknown.
+func (s *Store) Place(ctx context.Context, send Send) (Placement, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), placeTimeout)
+	defer cancel()
+	result := s.placeBatch(ctx, []Send{send})[0]
+	return result.Placement, result.Err
+}
+
+// Find returns the answer to the send that was committed under the key of this one. Errors wrap
+// idempotency.ErrNotCommitted, idempotency.ErrMismatch or ErrUnavailable.
+func (s *Store) Find(ctx context.Context, send Send) (Placement, error) {
+	held, err := find(ctx, db.New(s.pool), []idempotency.Key{send.Key})
+	if err != nil {
+		return Placement{}, fmt.Errorf("find an idempotency key: %w: %w", ErrUnavailable, err)
+	}
+	result := judge(send, uuid.Nil, held, idempotency.ErrNotCommitted)
+	return result.Placement, result.Err
+}
+
+// Get returns the caller's order, or ErrNotFound, or an error that wraps ErrUnavailable.
+func (s *Store) Get(ctx context.Context, caller string, id uuid.UUID) (Order, error) {
+	row, err := db.New(s.pool).GetOrder(ctx, db.GetOrderParams{ID: id, Caller: caller})
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return Order{}, ErrNotFound
+	case err != nil:
+		return Order{}, fmt.Errorf("get an order: %w: %w", ErrUnavailable, err)
+	}
+	o := Order(row)
+	o.CreatedAt = o.CreatedAt.UTC()
+	return o, nil
+}
+
+// placeBatch places a batch of sends in one transaction and returns a result for each, in their order.
+func (s *Store) placeBatch(ctx context.Context, sends []Send) []Result {
+	ids := newIDs(len(sends))
+	var held map[idempotency.Key]holding
+	committing := false
+	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) (err error) {
+		held, err = s.placeTx(ctx, tx, sends, ids)
+		committing = err == nil
+		return err
+	})
+	if err != nil && !committing {
+		return judgeAll(sends, ids, nil, fmt.Errorf("place orders: %w: %w", ErrUnavailable, err))
+	}
+	absent := ErrUnavailable // a key that was lost to another send, and gone when it was read
+	if err != nil {
+		var lookUpErr error
+		held, lookUpErr = s.lookUp(ctx, keysOf(sends))
+		absent = errors.Join(idempotency.ErrOutcomeUnknown, err, lookUpErr)
+	}
+	results := judgeAll(sends, ids, held, absent)
+	if slices.ContainsFunc(results, func(r Result) bool { return r.Err == nil && !r.Placement.Replayed }) {
+		s.committed()
+	}
+	return results
+}
+
+// holding is a key and the order it holds.
+type holding struct {
+	fingerprint idempotency.Fingerprint
+	orderID     uuid.UUID
+	createdAt   time.Time
+	expiresAt   time.Time
+}
+
+// placeTx writes the keys, orders and outbox events of a batch in the caller's transaction, and returns who holds each
+// key. ids are the ids that the orders get if their sends win. Two sends of one key meet here: the first stands for both.
+func (s *Store) placeTx(ctx context.Context, tx pgx.Tx, sends []Send, ids []uuid.UUID) (map[idempotency.Key]holding, error) {
+	q := db.New(tx)
+	firsts := firstOfEachKey(sends)
+	held, err := s.takeKeys(ctx, q, sends, ids, firsts)
+	if err != nil {
+		return nil, err
+	}
+	winners, losers := firsts[:0:0], []idempotency.Key(nil)
+	for _, i := range firsts {
+		if _, won := held[sends[i].Key]; won {
+			winners = append(winners, i)
+		} else {
+			losers = append(losers, sends[i].Key)
+		}
+	}
+	if len(winners) > 0 {
+		if err := insertOrders(ctx, q, sends, ids, winners, held); err != nil {
+			return nil, err
+		}
+	}
+	if len(losers) > 0 {
+		lost, err := find(ctx, q, losers)
+		if err != nil {
+			return nil, fmt.Errorf("read keys that are held: %w", err)
+		}
+		for key, holder := range lost {
+			held[key] = holder
+		}
+	}
+	return held, nil
+}
+
+// firstOfEachKey returns the index of the first send of each key, in the order of keys: two batches that share keys then
+// take them in the same order, and neither waits for the other in a circle.
+func firstOfEachKey(sends []Send) []int {
+	seen := make(map[idempotency.Key]bool, len(sends))
+	firsts := make([]int, 0, len(sends))
+	for i, send := range sends {
+		if !seen[send.Key] {
+			seen[send.Key] = true
+			firsts = append(firsts, i)
+		}
+	}
+	slices.SortFunc(firsts, func(a, b int) int {
+		x, y := sends[a].Key, sends[b].Key
+		return cmp.Or(cmp.Compare(x.Caller, y.Caller), cmp.Compare(x.Operation, y.Operation), cmp.Compare(x.Value, y.Value))
+	})
+	return firsts
+}
+
+// takeKeys inserts the keys of the sends at indexes, and returns those that were free.
+func (s *Store) takeKeys(ctx context.Context, q *db.Queries, sends []Send, ids []uuid.UUID, indexes []int) (map[idempotency.Key]holding, error) {
+	p := db.InsertIdempotencyKeysParams{Retention: s.retention}
+	byID := make(map[uuid.UUID]Send, len(indexes))
+	for _, i := range indexes {
+		fingerprint := sends[i].Draft.Fingerprint()
+		p.Callers = append(p.Callers, sends[i].Key.Caller)
+		p.Operations = append(p.Operations, sends[i].Key.Operation)
+		p.Keys = append(p.Keys, sends[i].Key.Value)
+		p.Fingerprints = append(p.Fingerprints, fingerprint[:])
+		p.OrderIds = append(p.OrderIds, ids[i])
+		byID[ids[i]] = sends[i]
+	}
+	rows, err := q.InsertIdempotencyKeys(ctx, p)
+	if err != nil {
+		return nil, fmt.Errorf("insert idempotency keys: %w", err)
+	}
+	taken := make(map[idempotency.Key]holding, len(rows))
+	for _, row := range rows {
+		send := byID[row.OrderID]
+		taken[send.Key] = holding{send.Draft.Fingerprint(), row.OrderID, row.CreatedAt.UTC(), row.ExpiresAt.UTC()}
+	}
+	return taken, nil
+}
+
+// insertOrders inserts the orders of the sends at indexes, which hold their keys, and the events that announce them.
+func insertOrders(ctx context.Context, q *db.Queries, sends []Send, ids []uuid.UUID, indexes []int, held map[idempotency.Key]holding) error {
+	var orders db.InsertOrdersParams
+	var events db.InsertOutboxEventsParams
+	eventIDs := newIDs(len(indexes))
+	for n, i := range indexes {
+		send := sends[i]
+		event := CreatedEvent(eventIDs[n], Order{
+			ID: ids[i], UserID: send.Draft.UserID, Amount: send.Draft.Amount, CreatedAt: held[send.Key].createdAt,
+		}, send.Traceparent)
+		data, err := payload(event)
+		if err != nil {
+			return err
+		}
+
+		orders.Ids = append(orders.Ids, ids[i])
+		orders.Callers = append(orders.Callers, send.Key.Caller)
+		orders.UserIds = append(orders.UserIds, send.Draft.UserID)
+		orders.Amounts = append(orders.Amounts, send.Draft.Amount)
+
+		events.EventIds = append(events.EventIds, event.Id)
+		events.AggregateIds = append(events.AggregateIds, event.Subject)
+		events.EventTypes = append(events.EventTypes, string(event.Type))
+		events.Sources = append(events.Sources, string(event.Source))
+		events.Payloads = append(events.Payloads, data)
+		events.Traceparents = append(events.Traceparents, send.Traceparent)
+	}
+	if err := q.InsertOrders(ctx, orders); err != nil {
+		return fmt.Errorf("insert orders: %w", err)
+	}
+	if err := q.InsertOutboxEvents(ctx, events); err != nil {
+		return fmt.Errorf("insert outbox events: %w", err)
+	}
+	return nil
+}
+
+// find returns who holds each of the keys; keys that nobody holds are left out.
+func find(ctx context.Context, q *db.Queries, keys []idempotency.Key) (map[idempotency.Key]holding, error) {
+	var p db.FindIdempotencyKeysParams
+	for _, key := range keys {
+		p.Callers = append(p.Callers, key.Caller)
+		p.Operations = append(p.Operations, key.Operation)
+		p.Keys = append(p.Keys, key.Value)
+	}
+	rows, err := q.FindIdempotencyKeys(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	held := make(map[idempotency.Key]holding, len(rows))
+	for _, row := range rows {
+		key := idempotency.Key{Caller: row.Caller, Operation: row.Operation, Value: row.Key}
+		held[key] = holding{idempotency.Fingerprint(row.Fingerprint), row.OrderID, row.CreatedAt.UTC(), row.ExpiresAt.UTC()}
+	}
+	return held, nil
+}
+
+// lookUp asks who holds the keys after a COMMIT that returned an error, which is an unknown, not a failure. It asks over
+// a connection of its own: those of the pool may be as broken as the one that failed.
+func (s *Store) lookUp(ctx context.Context, keys []idempotency.Key) (map[idempotency.Key]holding, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lookUpTimeout)
+	defer cancel()
+	conn, err := pgx.ConnectConfig(ctx, s.pool.Config().ConnConfig)
+	if err != nil {
+		return nil, fmt.Errorf("connect to look up a commit: %w", err)
+	}
+	defer conn.Close(ctx)
+	return find(ctx, db.New(conn), keys)
+}
+
+// judgeAll gives each send its result.
+func judgeAll(sends []Send, ids []uuid.UUID, held map[idempotency.Key]holding, absent error) []Result {
+	results := make([]Result, len(sends))
+	for i, send := range sends {
+		results[i] = judge(send, ids[i], held, absent)
+	}
+	return results
+}
+
+// judge gives a send its result: the order under its key, a mismatch, or the error absent when nobody holds the key. The
+// send placed the order itself if the order has the id it would have got.
+func judge(send Send, id uuid.UUID, held map[idempotency.Key]holding, absent error) Result {
+	holder, ok := held[send.Key]
+	switch {
+	case !ok:
+		return Result{Err: absent}
+	case holder.fingerprint != send.Draft.Fingerprint():
+		return Result{Err: idempotency.ErrMismatch}
+	default:
+		return Result{Placement: Placement{holder.orderID, holder.expiresAt, holder.orderID != id}}
+	}
+}
+
+func keysOf(sends []Send) []idempotency.Key {
+	keys := make([]idempotency.Key, len(sends))
+	for i, send := range sends {
+		keys[i] = send.Key
+	}
+	return keys
+}
+
+// newIDs returns n UUIDv7s: unique, and near each other in an index when made at about the same time.
+func newIDs(n int) []uuid.UUID {
+	ids := make([]uuid.UUID, n)
+	for i := range ids {
+		ids[i] = uuid.Must(uuid.NewV7())
+	}
+	return ids
+}
