@@ -1,0 +1,45 @@
+// Package broker carries events from the relay to the consumers. Delivery is at least once: an event may arrive again,
+// after a crash or when a reply was lost, and consumers dedupe by its id. It knows nothing of what the events mean.
+package broker
+
+import (
+	"context"
+	"encoding/json"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// Event is a CloudEvents 1.0 event with JSON data.
+type Event struct {
+	ID          uuid.UUID // unique for ever
+	Source      string
+	Type        string
+	Subject     string // events of one subject are delivered in the order they were published in
+	Time        time.Time
+	Traceparent string // W3C Trace Context, or empty
+	Data        json.RawMessage
+}
+
+// Publisher hands events to the broker.
+type Publisher interface {
+	// Publish returns nil when the broker has accepted every event, in their order. After an error any of them may have
+	// been accepted.
+	Publish(ctx context.Context, events []Event) error
+}
+
+// Delivery is an event as a subscription received it.
+type Delivery struct {
+	Tag   string // names the delivery to Ack
+	Event Event
+	Err   error // the delivery is not an event, and why; Event is then empty
+}
+
+// Subscription receives events for one consumer, of which several processes may be part: each event goes to one of them,
+// and to another when it is not acknowledged.
+type Subscription interface {
+	// Receive waits for deliveries, not much longer than wait, and returns at most limit of them; none is no error.
+	Receive(ctx context.Context, limit int, wait time.Duration) ([]Delivery, error)
+	// Ack tells that the deliveries need nothing more.
+	Ack(ctx context.Context, tags []string) error
+}

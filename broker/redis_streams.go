@@ -1,0 +1,169 @@
+package broker
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/redis/go-redis/v9"
+)
+
+// Stream is the Redis stream of events.
+const Stream = "orders.events"
+
+// RedisStreams publishes to a Redis stream, one field for each attribute of an event.
+type RedisStreams struct {
+	redis redis.UniversalClient
+}
+
+// NewRedisStreams returns the broker that publishes in rdb.
+func NewRedisStreams(rdb redis.UniversalClient) *RedisStreams { return &RedisStreams{redis: rdb} }
+
+// Publish adds the events to the stream in one pipeline.
+func (b *RedisStreams) Publish(ctx context.Context, events []Event) error {
+	_, err := b.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
+		for _, e := range events {
+			p.XAdd(ctx, &redis.XAddArgs{Stream: Stream, Values: fields(e)})
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("add %d events to stream %s: %w", len(events), Stream, err)
+	}
+	return nil
+}
+
+func fields(e Event) []string {
+	f := []string{
+		"specversion", "1.0",
+		"id", e.ID.String(),
+		"source", e.Source,
+		"type", e.Type,
+		"subject", e.Subject,
+		"time", e.Time.UTC().Format(time.RFC3339Nano),
+		"datacontenttype", "application/json",
+	}
+	if e.Traceparent != "" {
+		f = append(f, "traceparent", e.Traceparent)
+	}
+	return append(f, "data", string(e.Data))
+}
+
+// event reads the fields of a stream entry.
+func event(values map[string]any) (Event, error) {
+	text := func(name string) string { s, _ := values[name].(string); return s }
+	id, err := uuid.Parse(text("id"))
+	if err != nil {
+		return Event{}, fmt.Errorf("its id is not a UUID: %w", err)
+	}
+	at, err := time.Parse(time.RFC3339Nano, text("time"))
+	if err != nil {
+		return Event{}, fmt.Errorf("its time is not RFC 3339: %w", err)
+	}
+	switch {
+	case text("specversion") != "1.0":
+		return Event{}, fmt.Errorf("its specversion is %q, not 1.0", text("specversion"))
+	case text("type") == "":
+		return Event{}, errors.New("it has no type")
+	case !json.Valid([]byte(text("data"))):
+		return Event{}, errors.New("its data is not JSON")
+	}
+	return Event{
+		ID: id, Source: text("source"), Type: text("type"), Subject: text("subject"), Time: at,
+		Traceparent: text("traceparent"), Data: json.RawMessage(text("data")),
+	}, nil
+}
+
+// Subscribe returns the subscription of a consumer group; name tells this process from others in the group. A delivery
+// that is not acknowledged for abandonedAfter is received again. The group begins at the start of the stream, and is made
+// again when it is missing.
+func (b *RedisStreams) Subscribe(group, name string, abandonedAfter time.Duration) *RedisSubscription {
+	return &RedisSubscription{redis: b.redis, group: group, name: name, abandonedAfter: abandonedAfter}
+}
+
+// RedisSubscription is one process's part in a consumer group. It is for one goroutine.
+type RedisSubscription struct {
+	redis          redis.UniversalClient
+	group, name    string
+	abandonedAfter time.Duration
+
+	takeOverFrom string    // where the walk over abandoned deliveries goes on; empty: at the start
+	takenOver    time.Time // when the last walk was finished
+}
+
+// Receive returns deliveries that others abandoned, if there are any, and else new ones.
+func (s *RedisSubscription) Receive(ctx context.Context, limit int, wait time.Duration) ([]Delivery, error) {
+	messages, err := s.takeOver(ctx, limit)
+	if err == nil && len(messages) == 0 {
+		messages, err = s.read(ctx, limit, wait)
+	}
+	if redis.HasErrorPrefix(err, "NOGROUP") {
+		return nil, s.createGroup(ctx)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("receive from stream %s: %w", Stream, err)
+	}
+	deliveries := make([]Delivery, len(messages))
+	for i, m := range messages {
+		deliveries[i].Tag = m.ID
+		deliveries[i].Event, deliveries[i].Err = event(m.Values)
+	}
+	return deliveries, nil
+}
+
+func (s *RedisSubscription) takeOver(ctx context.Context, limit int) ([]redis.XMessage, error) {
+	if time.Since(s.takenOver) < s.abandonedAfter/4 {
+		return nil, nil
+	}
+	messages, next, err := s.redis.XAutoClaim(ctx, &redis.XAutoClaimArgs{
+		Stream: Stream, Group: s.group, Consumer: s.name,
+		MinIdle: s.abandonedAfter, Start: cmp.Or(s.takeOverFrom, "0-0"), Count: int64(limit),
+	}).Result()
+	if err != nil {
+		return nil, err
+	}
+	s.takeOverFrom = next
+	if next == "0-0" {
+		s.takenOver = time.Now()
+	}
+	return messages, nil
+}
+
+func (s *RedisSubscription) read(ctx context.Context, limit int, wait time.Duration) ([]redis.XMessage, error) {
+	if wait <= 0 {
+		wait = -1 // to Redis, zero means for ever
+	}
+	streams, err := s.redis.XReadGroup(ctx, &redis.XReadGroupArgs{
+		Group: s.group, Consumer: s.name, Streams: []string{Stream, ">"}, Count: int64(limit), Block: wait,
+	}).Result()
+	if errors.Is(err, redis.Nil) || err == nil && len(streams) == 0 {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return streams[0].Messages, nil
+}
+
+func (s *RedisSubscription) createGroup(ctx context.Context) error {
+	err := s.redis.XGroupCreateMkStream(ctx, Stream, s.group, "0").Err()
+	if err != nil && !redis.HasErrorPrefix(err, "BUSYGROUP") {
+		return fmt.Errorf("create consumer group %s of stream %s: %w", s.group, Stream, err)
+	}
+	return nil
+}
+
+// Ack acknowledges deliveries in one command.
+func (s *RedisSubscription) Ack(ctx context.Context, tags []string) error {
+	if len(tags) == 0 {
+		return nil
+	}
+	if err := s.redis.XAck(ctx, Stream, s.group, tags...).Err(); err != nil {
+		return fmt.Errorf("acknowledge %d deliveries: %w", len(tags), err)
+	}
+	return nil
+}

@@ -1,0 +1,42 @@
+package worker
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"idempotent-orders/gen/db"
+)
+
+const (
+	sweepEvery = time.Hour
+	// daysAhead is for how many days after today the archive has partitions.
+	daysAhead = 7
+)
+
+// Sweep keeps the archive of published events partitioned by day, ahead of time, until ctx is done. Any number may run.
+func Sweep(ctx context.Context, pool *pgxpool.Pool, log *slog.Logger) {
+	sweeping := trouble{log: log, doing: "Creating outbox partitions"}
+	failed := backoff{least: time.Second, most: time.Minute}
+	for ctx.Err() == nil {
+		created, err := db.New(pool).CreateOutboxPartitions(ctx, daysAhead)
+		if ctx.Err() != nil {
+			return
+		}
+		sweeping.note(ctx, err)
+		if err != nil {
+			failed.wait(ctx, nil)
+			continue
+		}
+		failed.reset()
+		if created > 0 {
+			log.InfoContext(ctx, "Outbox partitions created", "days", created)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(sweepEvery):
+		}
+	}
+}
