@@ -1,0 +1,78 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"idempotent-orders/gen/api"
+	"idempotent-orders/idempotency"
+	"idempotent-orders/order"
+)
+
+// anonymous is the caller of every request while no API keys are configured.
+const anonymous = "anonymous"
+
+// PlaceOrder places an order, or repeats the answer to an earlier send of the same.
+func (s *Server) PlaceOrder(ctx context.Context, request api.PlaceOrderRequestObject) (api.PlaceOrderResponseObject, error) {
+	key, err := idempotency.ParseKey(request.Params.IdempotencyKey)
+	if err != nil {
+		return nil, err
+	}
+	if request.Body == nil || request.Body.UserId == nil || request.Body.Amount == nil {
+		return nil, fmt.Errorf("%w: the body was not read by strictBody", errInternal)
+	}
+	send := order.Send{
+		Key:   idempotency.Key{Caller: anonymous, Operation: order.Operation, Value: key},
+		Draft: order.Draft{UserID: *request.Body.UserId, Amount: *request.Body.Amount},
+	}
+	if request.Params.Traceparent != nil {
+		send.Traceparent = *request.Params.Traceparent
+	}
+	patience, cancel := s.patience(request.Params.Prefer)
+	defer cancel()
+	placed, err := idempotency.Once(ctx, patience, s.Guard, idempotency.Send[order.Placement]{
+		Key:   send.Key,
+		Find:  func(ctx context.Context) (order.Placement, error) { return s.Orders.Find(ctx, send) },
+		Place: func(ctx context.Context) (order.Placement, error) { return s.Orders.Place(ctx, send) },
+	})
+	if err != nil {
+		return nil, err
+	}
+	return placedAnswer(placed), nil
+}
+
+// patience returns a context that is done when a request should no longer wait for another send of its key.
+func (s *Server) patience(prefer *string) (context.Context, context.CancelFunc) {
+	wait := time.Duration(0)
+	if prefer != nil {
+		wait = preferredWait(*prefer)
+	}
+	return context.WithTimeout(s.stopping, wait)
+}
+
+// placedAnswer is the same for every send of a placement, but for the mark of a replay.
+func placedAnswer(placed order.Placement) api.PlaceOrder200JSONResponse {
+	answer := api.PlaceOrder200JSONResponse{
+		Body: api.OrderPlaced{Status: api.OrderPlacedStatusSuccess, OrderId: placed.OrderID},
+		Headers: api.PlaceOrder200ResponseHeaders{
+			Location:           "/orders/" + placed.OrderID.String(),
+			IdempotencyExpires: placed.ExpiresAt.Format(time.RFC3339),
+		},
+	}
+	if placed.Replayed {
+		answer.Headers.IdempotencyReplayed = &placed.Replayed
+	}
+	return answer
+}
+
+// GetOrder returns an order of the caller.
+func (s *Server) GetOrder(ctx context.Context, request api.GetOrderRequestObject) (api.GetOrderResponseObject, error) {
+	o, err := s.Orders.Get(ctx, anonymous, request.OrderId)
+	if err != nil {
+		return nil, err
+	}
+	return api.GetOrder200JSONResponse{
+		OrderId: o.ID, UserId: o.UserID, Amount: o.Amount, Status: api.OrderStatus(o.Status), CreatedAt: o.CreatedAt,
+	}, nil
+}

@@ -1,0 +1,52 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"runtime/debug"
+	"time"
+
+	"idempotent-orders/gen/api"
+	"idempotent-orders/migrations"
+	"idempotent-orders/order"
+)
+
+// readyTimeout bounds each question of the readiness check.
+const readyTimeout = time.Second
+
+// GetLiveness tells that the process is alive.
+func (s *Server) GetLiveness(context.Context, api.GetLivenessRequestObject) (api.GetLivenessResponseObject, error) {
+	return api.GetLiveness200JSONResponse{Status: api.LivenessStatusAlive}, nil
+}
+
+// GetReadiness tells whether orders can be placed: PostgreSQL answers and is migrated. Redis is reported only.
+func (s *Server) GetReadiness(ctx context.Context, _ api.GetReadinessRequestObject) (api.GetReadinessResponseObject, error) {
+	asked, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	if err := migrations.Check(asked, s.Pool); err != nil {
+		return nil, fmt.Errorf("%w: %w", order.ErrUnavailable, err)
+	}
+	ready := api.GetReadiness200JSONResponse{
+		Status: api.ReadinessStatusReady, Postgresql: api.ReadinessPostgresqlOk, Redis: api.ReadinessRedisOk,
+	}
+	asked, cancel = context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	if err := s.Redis.Ping(asked).Err(); err != nil {
+		s.log.WarnContext(ctx, "Redis does not answer", "error", err)
+		ready.Redis = api.ReadinessRedisUnreachable
+	}
+	return ready, nil
+}
+
+// GetContract serves openapi.yaml.
+func (s *Server) GetContract(context.Context, api.GetContractRequestObject) (api.GetContractResponseObject, error) {
+	return api.GetContract200ApplicationyamlResponse{
+		Body: bytes.NewReader(s.Contract), ContentLength: int64(len(s.Contract)),
+	}, nil
+}
+
+// panicked is a panic as an error; the log shows where it came from.
+type panicked struct{ cause any }
+
+func (p *panicked) Error() string { return fmt.Sprintf("panic: %v\n%s", p.cause, debug.Stack()) }

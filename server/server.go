@@ -1,0 +1,217 @@
+// Package server is the HTTP side: it turns requests into drafts, hands them to the order store behind the idempotency
+// guard, and turns every error, from whatever door, into application/problem+json.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"path"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/redis/go-redis/v9"
+
+	"idempotent-orders/gen/api"
+	"idempotent-orders/idempotency"
+	"idempotent-orders/order"
+)
+
+// Config is what a server is made of.
+type Config struct {
+	Orders   *order.Store
+	Guard    *idempotency.Guard
+	Pool     *pgxpool.Pool         // for the readiness check
+	Redis    redis.UniversalClient // for the readiness check
+	Contract []byte                // openapi.yaml
+	Log      *slog.Logger
+
+	// ReadTimeout bounds how long a client may take to send a request, headers and body. The default is 10 s.
+	ReadTimeout time.Duration
+}
+
+const (
+	defaultReadTimeout = 10 * time.Second
+	headerTimeout      = 5 * time.Second
+	idleTimeout        = 2 * time.Minute
+	// writeTimeout is from the end of the headers to the end of the answer: reading the body, waiting as long as Prefer
+	// may ask for, and placing.
+	writeTimeout   = 30 * time.Second
+	maxHeaderBytes = 16 << 10
+	// stopTimeout is what requests under way get when the server stops.
+	stopTimeout = 5 * time.Second
+)
+
+// Server serves the operations of openapi.yaml.
+type Server struct {
+	Config
+	log      *slog.Logger
+	mux      *http.ServeMux
+	handler  http.Handler
+	stopping context.Context // done when the server stops: those who wait for another send give up
+	stop     context.CancelFunc
+}
+
+var _ api.StrictServerInterface = (*Server)(nil)
+
+// New returns a server. Serve it on a listener, or use it as an http.Handler.
+func New(cfg Config) *Server {
+	if cfg.ReadTimeout == 0 {
+		cfg.ReadTimeout = defaultReadTimeout
+	}
+	s := &Server{Config: cfg, log: cfg.Log, mux: http.NewServeMux()}
+	s.stopping, s.stop = context.WithCancel(context.Background())
+	strict := api.NewStrictHandlerWithOptions(s, nil, api.StrictHTTPServerOptions{
+		RequestErrorHandlerFunc:  s.refuse,
+		ResponseErrorHandlerFunc: s.refuse,
+	})
+	api.HandlerWithOptions(strict, api.StdHTTPServerOptions{
+		BaseRouter:       s.mux,
+		Middlewares:      []api.MiddlewareFunc{s.strictBody},
+		ErrorHandlerFunc: s.refuseParameter,
+	})
+	s.handler = s.identified(s.recovered(s.tidied(http.HandlerFunc(s.route))))
+	return s
+}
+
+// ServeHTTP answers one request.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.handler.ServeHTTP(w, r) }
+
+// Serve answers on the listener until ctx is done. Then it accepts nothing more, and returns when the requests under way
+// are answered, or nil all the same when they took too long and were cut off.
+func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
+	httpServer := &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: min(headerTimeout, s.ReadTimeout),
+		ReadTimeout:       s.ReadTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	served := make(chan error, 1)
+	go func() { served <- httpServer.Serve(listener) }()
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve HTTP: %w", err)
+	case <-ctx.Done():
+	}
+	s.stop()
+	deadline, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	if err := httpServer.Shutdown(deadline); err != nil {
+		s.log.WarnContext(ctx, "Requests under way took too long and were cut off", "after", stopTimeout)
+		return httpServer.Close()
+	}
+	return nil
+}
+
+type requestIDKey struct{}
+
+// requestID returns the id that names the request in the log and in problems.
+func requestID(ctx context.Context) string {
+	id, _ := ctx.Value(requestIDKey{}).(uuid.UUID)
+	return id.String()
+}
+
+func (s *Server) identified(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id := uuid.Must(uuid.NewV7())
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestIDKey{}, id)))
+	})
+}
+
+// recovered turns a panic into an answer, or cuts the connection when an answer had begun.
+func (s *Server) recovered(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		answer := &answer{ResponseWriter: w}
+		defer func() {
+			switch cause := recover(); {
+			case cause == nil:
+			case cause == http.ErrAbortHandler || answer.begun:
+				panic(cause)
+			default:
+				s.refuse(w, r, &panicked{cause})
+			}
+		}()
+		next.ServeHTTP(answer, r)
+	})
+}
+
+// answer notes whether an answer has begun.
+type answer struct {
+	http.ResponseWriter
+	begun bool
+}
+
+func (a *answer) WriteHeader(status int)      { a.begun = true; a.ResponseWriter.WriteHeader(status) }
+func (a *answer) Write(b []byte) (int, error) { a.begun = true; return a.ResponseWriter.Write(b) }
+func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
+
+// tidied folds what may be sent in several header lines into one (RFC 9110, section 5.2), and drops a traceparent that
+// W3C Trace Context calls invalid: the generated code would refuse both.
+func (s *Server) tidied(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if lines := r.Header.Values("Prefer"); len(lines) > 1 {
+			r.Header.Set("Prefer", join(lines))
+		}
+		if lines := r.Header.Values("Traceparent"); len(lines) > 0 && (len(lines) > 1 || !validTraceparent(lines[0])) {
+			r.Header.Del("Traceparent")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// route hands the request to its operation. ServeMux would answer in plain text when there is none, and redirect a path
+// that is not clean, which makes a GET of a POST.
+func (s *Server) route(w http.ResponseWriter, r *http.Request) {
+	if path.Clean(r.URL.Path) != r.URL.Path {
+		s.refuse(w, r, errNotFound)
+		return
+	}
+	answerOfMux, pattern := s.mux.Handler(r)
+	if pattern != "" {
+		s.mux.ServeHTTP(w, r)
+		return
+	}
+	probe := &discarded{header: http.Header{}}
+	answerOfMux.ServeHTTP(probe, r)
+	if probe.status == http.StatusMethodNotAllowed {
+		w.Header().Set("Allow", probe.header.Get("Allow"))
+		s.refuse(w, r, errMethodNotAllowed)
+		return
+	}
+	s.refuse(w, r, errNotFound)
+}
+
+// discarded takes the answer of ServeMux when it has no operation, for its status and headers.
+type discarded struct {
+	header http.Header
+	status int
+}
+
+func (d *discarded) Header() http.Header         { return d.header }
+func (d *discarded) WriteHeader(status int)      { d.status = status }
+func (d *discarded) Write(b []byte) (int, error) { return len(b), nil }
+
+// refuseParameter answers a request whose parameters the generated code could not read.
+func (s *Server) refuseParameter(w http.ResponseWriter, r *http.Request, err error) {
+	var missing *api.RequiredHeaderError
+	var repeated *api.TooManyValuesForParamError
+	var malformed *api.InvalidParamFormatError
+	switch {
+	case errors.As(err, &missing):
+		err = fmt.Errorf("%w: %w", errKeyMissing, err)
+	case errors.As(err, &repeated):
+		err = fmt.Errorf("%w: %w", idempotency.ErrInvalidKey, err)
+	case errors.As(err, &malformed) && malformed.ParamName == "Idempotency-Key":
+		err = fmt.Errorf("%w: %w", idempotency.ErrInvalidKey, errors.New("it is empty"))
+	case errors.As(err, &malformed):
+		err = fmt.Errorf("%w: %w", errNotFound, err) // a path that names nothing
+	}
+	s.refuse(w, r, err)
+}
