@@ -1,0 +1,189 @@
+// Idempotent-orders is an order service that never does it twice and never forgets to say so: see README.md.
+package main
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"idempotent-orders/broker"
+	"idempotent-orders/idempotency"
+	"idempotent-orders/internal/config"
+	"idempotent-orders/internal/connect"
+	"idempotent-orders/internal/local"
+	"idempotent-orders/order"
+	"idempotent-orders/server"
+	"idempotent-orders/worker"
+)
+
+//go:generate env CGO_ENABLED=0 go tool -modfile=tools/go.mod oapi-codegen -config oapi-codegen.yaml openapi.yaml
+//go:generate env CGO_ENABLED=0 go tool -modfile=tools/go.mod sqlc generate
+
+//go:embed openapi.yaml
+var contract []byte
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the program at once
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
+	switch {
+	case err == nil:
+	case errors.Is(err, errUsage):
+		os.Exit(2)
+	default:
+		fmt.Fprintln(os.Stderr, "idempotent-orders:", err)
+		os.Exit(1)
+	}
+}
+
+// errUsage: the command line was wrong, and the user was told.
+var errUsage = errors.New("wrong usage")
+
+// parts are the parts of the program that a command runs.
+type parts struct {
+	server, worker, consumer bool
+	migrate                  bool // bring the database up to date first
+}
+
+// run is the program: it does what the command line says, until it is done or ctx is.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	command, args, err := parse(args, stdout, stderr)
+	if err != nil || command == "help" {
+		return err
+	}
+	cfg, err := config.Read(getenv)
+	if err != nil {
+		return fmt.Errorf("the configuration is wrong:\n%w\nsee --help", err)
+	}
+	log := newLog(cfg, stderr)
+	connect.LogRedis(log)
+	folder, err := local.Folder(getenv)
+	if err != nil {
+		return err
+	}
+	switch command {
+	case "":
+		return serve(ctx, cfg, folder, parts{server: true, worker: true, consumer: true, migrate: true}, log)
+	case "server":
+		return serve(ctx, cfg, folder, parts{server: true}, log)
+	case "worker":
+		return serve(ctx, cfg, folder, parts{worker: true}, log)
+	case "consumer":
+		return serve(ctx, cfg, folder, parts{consumer: true}, log)
+	default:
+		return migrate(ctx, cfg, folder, args[0], stdout, log)
+	}
+}
+
+// serve runs parts of the program until ctx is done, and stops them: first nothing new is accepted, then what is held is
+// finished, then what was started is stopped.
+func serve(ctx context.Context, cfg config.Config, folder string, which parts, log *slog.Logger) (err error) {
+	log.InfoContext(ctx, "Starting", "config", cfg)
+	var listener net.Listener
+	if which.server {
+		if listener, err = listen(cfg); err != nil {
+			return err
+		}
+		defer listener.Close()
+	}
+	stores, err := open(ctx, cfg, folder, which, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stores.close(ctx)) }()
+
+	relay := worker.NewRelay(stores.pool, broker.NewRedisStreams(stores.redis), log)
+	consumer := newConsumer(cfg, stores, log)
+	hint := broker.NewHint(stores.redis)
+	committed := hint.Give
+	if which.worker {
+		committed = relay.Nudge
+	}
+
+	running, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var loops sync.WaitGroup
+	defer loops.Wait()
+	defer stop()
+	if which.worker {
+		log.InfoContext(ctx, "Outbox worker started")
+		loops.Go(func() { relay.Run(running) })
+		loops.Go(func() { broker.OnHint(running, stores.redis, relay.Nudge) })
+		loops.Go(func() { worker.Sweep(running, stores.pool, log) })
+	}
+	if which.consumer {
+		log.InfoContext(ctx, "Email consumer started")
+		loops.Go(func() { consumer.Run(running) })
+	}
+	if which.server {
+		loops.Go(func() { hint.Run(running) })
+		err = newServer(cfg, stores, committed, log, listener).Serve(ctx, listener)
+	} else {
+		<-ctx.Done()
+	}
+
+	log.InfoContext(ctx, "Stopping")
+	stop()
+	loops.Wait()
+	if stores.servers.InProcessRedis {
+		err = errors.Join(err, drain(ctx, relay, consumer))
+	}
+	return err
+}
+
+func newServer(cfg config.Config, stores *stores, committed func(), log *slog.Logger, listener net.Listener) *server.Server {
+	log.Info("Server starting on port " + strconv.Itoa(listener.Addr().(*net.TCPAddr).Port))
+	return server.New(server.Config{
+		Orders:   order.NewStore(stores.pool, cfg.IdempotencyRetention, committed),
+		Guard:    idempotency.NewGuard(stores.redis, cfg.IdempotencyRetention, log),
+		Pool:     stores.pool,
+		Redis:    stores.redis,
+		Contract: contract,
+		Log:      log,
+	})
+}
+
+func newConsumer(cfg config.Config, stores *stores, log *slog.Logger) *worker.Consumer {
+	var sender worker.Sender = worker.NewLogSender(log)
+	if cfg.EmailSender == "discard" {
+		sender = worker.DiscardSender{}
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		name = "unknown"
+	}
+	subscription := broker.NewRedisStreams(stores.redis).Subscribe(worker.EmailConsumer, name, worker.AbandonedAfter)
+	return worker.NewConsumer(stores.pool, subscription, sender, worker.AbandonedAfter, log)
+}
+
+// drain empties the outbox and the stream before a Redis inside this process is lost.
+func drain(ctx context.Context, relay *worker.Relay, consumer *worker.Consumer) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	return errors.Join(relay.Drain(ctx), consumer.Drain(ctx))
+}
+
+func listen(cfg config.Config) (net.Listener, error) {
+	listener, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(cfg.Port)))
+	if err != nil {
+		return nil, fmt.Errorf("listen on PORT %d (set PORT to use another, 0 for any): %w", cfg.Port, err)
+	}
+	return listener, nil
+}
+
+func newLog(cfg config.Config, w io.Writer) *slog.Logger {
+	options := &slog.HandlerOptions{Level: cfg.LogLevel}
+	if cfg.LogJSON {
+		return slog.New(slog.NewJSONHandler(w, options))
+	}
+	return slog.New(slog.NewTextHandler(w, options))
+}

@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/redis/go-redis/v9"
+
+	"idempotent-orders/internal/config"
+	"idempotent-orders/internal/connect"
+	"idempotent-orders/internal/local"
+	"idempotent-orders/migrations"
+)
+
+// stopServersTimeout bounds the stop of servers that this program started.
+const stopServersTimeout = 2 * time.Second
+
+// stores are PostgreSQL and Redis, opened, and the local servers behind them, if any.
+type stores struct {
+	servers *local.Servers
+	pool    *pgxpool.Pool
+	redis   redis.UniversalClient
+}
+
+// open chooses the servers, opens them and makes sure that the schema fits.
+func open(ctx context.Context, cfg config.Config, folder string, which parts, log *slog.Logger) (*stores, error) {
+	servers, err := local.Choose(ctx, wanted(cfg, folder, !which.migrate, log))
+	if err != nil {
+		return nil, err
+	}
+	s := &stores{servers: servers, redis: connect.Redis(servers.RedisAddrs, servers.RedisPassword)}
+	if err := s.connect(ctx, cfg, which, log); err != nil {
+		return nil, errors.Join(err, s.close(ctx))
+	}
+	return s, nil
+}
+
+func wanted(cfg config.Config, folder string, inParts bool, log *slog.Logger) local.Wanted {
+	return local.Wanted{
+		DatabaseURL: cfg.DatabaseURL, DatabaseSet: cfg.DatabaseSet,
+		RedisAddrs: cfg.RedisAddrs, RedisPassword: cfg.RedisPassword, RedisSet: cfg.RedisSet,
+		Parts: inParts, Folder: folder, Log: log,
+	}
+}
+
+func (s *stores) connect(ctx context.Context, cfg config.Config, which parts, log *slog.Logger) (err error) {
+	if s.pool, err = connect.PostgreSQL(ctx, s.servers.DatabaseURL); err != nil {
+		return fmt.Errorf("PostgreSQL cannot be used; check DB_HOST, DB_PORT, DB_USER, DB_PASSWORD, DB_NAME or DATABASE_URL: %w", err)
+	}
+	log.InfoContext(ctx, "Connected to database successfully")
+	if which.migrate {
+		if err := migrateUp(ctx, s.servers.DatabaseURL, log); err != nil {
+			return err
+		}
+	}
+	if err := migrations.Check(ctx, s.pool); err != nil {
+		return err
+	}
+	asked, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	if err := s.redis.Ping(asked).Err(); err != nil {
+		return fmt.Errorf("Redis at %s cannot be used; check REDIS_ADDR and REDIS_PASSWORD: %w", strings.Join(s.servers.RedisAddrs, ","), err)
+	}
+	log.InfoContext(ctx, "Connected to Redis successfully")
+	return nil
+}
+
+// close closes what is open, and stops the servers that were started.
+func (s *stores) close(ctx context.Context) error {
+	if s.pool != nil {
+		s.pool.Close()
+	}
+	err := s.redis.Close()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopServersTimeout)
+	defer cancel()
+	return errors.Join(err, s.servers.Stop(ctx))
+}
+
+func migrateUp(ctx context.Context, databaseURL string, log *slog.Logger) error {
+	m, err := migrations.Open(databaseURL)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	applied, err := m.Up(ctx)
+	for _, a := range applied {
+		log.InfoContext(ctx, "Migration applied", "migration", a.Source.Path, "took", a.Duration)
+	}
+	if err != nil {
+		return fmt.Errorf("migrate: %w", err)
+	}
+	return nil
+}
+
+// migrate is the command that moves the schema, or shows where it stands.
+func migrate(ctx context.Context, cfg config.Config, folder, direction string, stdout io.Writer, log *slog.Logger) error {
+	w := wanted(cfg, folder, true, log)
+	w.RedisSet = true // the schema needs none
+	servers, err := local.Choose(ctx, w)
+	if err != nil {
+		return err
+	}
+	defer servers.Stop(context.WithoutCancel(ctx))
+	m, err := migrations.Open(servers.DatabaseURL)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	switch direction {
+	case "up":
+		applied, err := m.Up(ctx)
+		for _, a := range applied {
+			fmt.Fprintln(stdout, "up  ", a.Source.Path, a.Duration.Round(time.Millisecond))
+		}
+		if err == nil && len(applied) == 0 {
+			fmt.Fprintln(stdout, "the database is up to date")
+		}
+		return err
+	case "down":
+		result, err := m.Down(ctx)
+		if err == nil && result == nil {
+			fmt.Fprintln(stdout, "no migration is applied")
+		} else if err == nil {
+			fmt.Fprintln(stdout, "down", result.Source.Path, result.Duration.Round(time.Millisecond))
+		}
+		return err
+	default:
+		status, err := m.Status(ctx)
+		for _, s := range status {
+			fmt.Fprintf(stdout, "%-8s %s\n", s.State, s.Source.Path)
+		}
+		return err
+	}
+}
