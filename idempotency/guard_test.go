@@ -1,0 +1,288 @@
+package idempotency
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/redis/go-redis/v9"
+
+	"idempotent-orders/internal/connect"
+	"idempotent-orders/internal/testenv"
+	"idempotent-orders/lua"
+)
+
+func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
+
+var testKey = Key{Caller: "anonymous", Operation: "PlaceOrder", Value: "k"}
+
+func newGuard(t *testing.T, rdb redis.UniversalClient) *Guard {
+	return NewGuard(rdb, time.Hour, slog.New(slog.DiscardHandler))
+}
+
+func TestAKeyIsReservedByOneHolderUntilItLetsGo(t *testing.T) {
+	t.Parallel()
+	rdb, _ := testenv.Redis(t)
+	g, ctx := newGuard(t, rdb), t.Context()
+
+	expect(t, "the first holder", g.reserve(ctx, testKey, "one"), reserved)
+	expect(t, "another holder", g.reserve(ctx, testKey, "two"), inProgress)
+	expect(t, "the first again, as when its reply was lost", g.reserve(ctx, testKey, "one"), reserved)
+
+	g.release(ctx, testKey, "two")
+	expect(t, "after a release by who has it not", g.reserve(ctx, testKey, "two"), inProgress)
+	g.complete(ctx, testKey, "two")
+	expect(t, "after a complete by who has it not", g.reserve(ctx, testKey, "two"), inProgress)
+
+	g.release(ctx, testKey, "one")
+	expect(t, "after the holder's release", g.reserve(ctx, testKey, "two"), reserved)
+	g.complete(ctx, testKey, "two")
+	expect(t, "after the holder's complete", g.reserve(ctx, testKey, "three"), completed)
+	g.release(ctx, testKey, "two")
+	expect(t, "after a late release", g.reserve(ctx, testKey, "three"), completed)
+}
+
+func TestReservationsAndMarksHaveClocksOfTheirOwn(t *testing.T) {
+	t.Parallel()
+	rdb, _ := testenv.Redis(t)
+	g, ctx := newGuard(t, rdb), t.Context()
+
+	g.reserve(ctx, testKey, "one")
+	if left := rdb.PTTL(ctx, place(testKey)).Val(); left <= 0 || left > reservationLasts {
+		t.Errorf("the reservation lasts %s; want at most %s", left, reservationLasts)
+	}
+	g.complete(ctx, testKey, "one")
+	if left := rdb.PTTL(ctx, place(testKey)).Val(); left <= reservationLasts || left > time.Hour {
+		t.Errorf("the mark lasts %s; want the retention of an hour", left)
+	}
+}
+
+func TestAReservationWithoutAnEndIsGivenOne(t *testing.T) {
+	t.Parallel()
+	rdb, _ := testenv.Redis(t)
+	g, ctx := newGuard(t, rdb), t.Context()
+	for _, expiry := range []time.Duration{0, 100 * time.Hour} {
+		rdb.Set(ctx, place(testKey), "held:nobody", expiry)
+		expect(t, "a reservation of nobody", g.reserve(ctx, testKey, "one"), inProgress)
+		if left := rdb.PTTL(ctx, place(testKey)).Val(); left <= 0 || left > reservationLasts {
+			t.Errorf("it lasts another %s; want at most %s", left, reservationLasts)
+		}
+	}
+}
+
+func TestWhatIsNotAReservationKeepsNobodyOut(t *testing.T) {
+	t.Parallel()
+	rdb, _ := testenv.Redis(t)
+	g, ctx := newGuard(t, rdb), t.Context()
+	rdb.Set(ctx, place(testKey), "garbage", 0)
+	expect(t, "over garbage", g.reserve(ctx, testKey, "one"), reserved)
+	rdb.Del(ctx, place(testKey))
+	rdb.LPush(ctx, place(testKey), "a list")
+	for range 2 * breakerTrips {
+		expect(t, "over a list", g.reserve(ctx, testKey, "one"), unknown)
+	}
+	other := Key{Caller: "anonymous", Operation: "PlaceOrder", Value: "other"}
+	expect(t, "another key: an error reply is a sign of life", g.reserve(ctx, other, "one"), reserved)
+}
+
+func TestLostScriptsAreSentAgain(t *testing.T) {
+	t.Parallel()
+	rdb, _ := testenv.Redis(t)
+	g, ctx := newGuard(t, rdb), t.Context()
+	for i := range 3 {
+		if err := rdb.ScriptFlush(ctx).Err(); err != nil {
+			t.Fatal(err)
+		}
+		expect(t, "reserving after SCRIPT FLUSH", g.reserve(ctx, testKey, fmt.Sprint(i)), reserved)
+		rdb.ScriptFlush(ctx)
+		g.release(ctx, testKey, fmt.Sprint(i))
+	}
+}
+
+func TestABatchIsReservedInOneGo(t *testing.T) {
+	t.Parallel()
+	rdb, _ := testenv.Redis(t)
+	g, ctx := newGuard(t, rdb), t.Context()
+	held := Key{Caller: "anonymous", Operation: "PlaceOrder", Value: "held"}
+	g.reserve(ctx, held, "another")
+	cmds, err := g.run(ctx, lua.Reserve, []call{
+		{testKey, []any{"one", 1000}}, {held, []any{"one", 1000}}, {testKey, []any{"one", 1000}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []state{reserved, inProgress, reserved} {
+		expect(t, fmt.Sprintf("call %d", i), state(cmds[i].Val().(string)), want)
+	}
+}
+
+func TestKeysOfOtherScopesNeverMeet(t *testing.T) {
+	places := map[string]Key{}
+	for _, k := range []Key{
+		{"a", "b", "c"}, {"a", "c", "b"}, {"b", "a", "c"}, {"ab", "", "c"}, {"", "ab", "c"}, {"a", "b", "d"}, {"a", "bc", ""},
+	} {
+		if other, taken := places[place(k)]; taken {
+			t.Errorf("%v and %v meet", k, other)
+		}
+		places[place(k)] = k
+	}
+}
+
+func TestWithoutRedisEverythingGoesStraightToPlace(t *testing.T) {
+	t.Parallel()
+	rdb := connect.Redis([]string{"127.0.0.1:1"}, "") // nothing listens there
+	defer rdb.Close()
+	g := newGuard(t, rdb)
+	for range 100 {
+		got, err := Once(t.Context(), done(t), g, Send[string]{
+			Key:   testKey,
+			Find:  func(context.Context) (string, error) { t.Error("looked up"); return "", nil },
+			Place: func(context.Context) (string, error) { return "placed", nil },
+		})
+		if got != "placed" || err != nil {
+			t.Fatal(got, err)
+		}
+	}
+}
+
+func TestTheBreakerOpensAndClosesAgain(t *testing.T) {
+	t.Parallel()
+	rdb, server := testenv.Redis(t)
+	g, ctx := newGuard(t, rdb), t.Context()
+	server.Kill()
+	for range 2 * breakerTrips {
+		expect(t, "without Redis", g.reserve(ctx, testKey, "one"), unknown)
+	}
+	if g.breaker.State().String() != "open" {
+		t.Fatalf("the breaker is %s after %d failures", g.breaker.State(), 2*breakerTrips)
+	}
+	server.Start()
+	deadline := time.Now().Add(20 * time.Second)
+	for g.reserve(ctx, testKey, "one") != reserved {
+		if time.Now().After(deadline) {
+			t.Fatal("the breaker stays open though Redis is back")
+		}
+	}
+}
+
+// What a send is answered, for each thing that Redis may say and PostgreSQL may know.
+func TestOnceTellsWhatPostgreSQLDecides(t *testing.T) {
+	t.Parallel()
+	errBroken := errors.New("broken")
+	for _, test := range []struct {
+		name   string
+		redis  string // what stands under the key
+		find   error
+		place  error
+		want   string
+		err    error
+		remain string // what stands under the key afterwards; "held" for this send's reservation
+	}{
+		{name: "fresh", want: "placed", remain: "completed"},
+		{name: "fresh, but another was committed", place: ErrMismatch, err: ErrMismatch, remain: "completed"},
+		{name: "fresh, and placing fails", place: errBroken, err: errBroken, remain: ""},
+		{name: "fresh, and the commit is unknown", place: ErrOutcomeUnknown, err: ErrOutcomeUnknown, remain: "held"},
+		{name: "completed", redis: "completed", want: "found", remain: "completed"},
+		{name: "completed with another fingerprint", redis: "completed", find: ErrMismatch, err: ErrMismatch, remain: "completed"},
+		{name: "completed, says Redis alone", redis: "completed", find: ErrNotCommitted, want: "placed", remain: "completed"},
+		{name: "completed, and PostgreSQL is away", redis: "completed", find: errBroken, err: errBroken, remain: "completed"},
+		{name: "in progress", redis: "held:other", find: ErrNotCommitted, err: ErrInProgress, remain: "held:other"},
+		{name: "in progress, says Redis alone", redis: "held:other", want: "found", remain: "held:other"},
+		{name: "in progress with another fingerprint", redis: "held:other", find: ErrMismatch, err: ErrMismatch, remain: "held:other"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			rdb, _ := testenv.Redis(t)
+			ctx := t.Context()
+			if test.redis != "" {
+				rdb.Set(ctx, place(testKey), test.redis, time.Minute)
+			}
+			got, err := Once(ctx, done(t), newGuard(t, rdb), Send[string]{
+				Key:   testKey,
+				Find:  func(context.Context) (string, error) { return "found", test.find },
+				Place: func(context.Context) (string, error) { return "placed", test.place },
+			})
+			if !errors.Is(err, test.err) || err == nil && got != test.want {
+				t.Errorf("got %q, %v; want %q, %v", got, err, test.want, test.err)
+			}
+			remains := rdb.Get(ctx, place(testKey)).Val()
+			if test.remain == "held" && len(remains) == len("held:")+len(uuid.NewString()) {
+				return
+			}
+			if remains != test.remain {
+				t.Errorf("Redis holds %q; want %q", remains, test.remain)
+			}
+		})
+	}
+}
+
+func TestAPatientSendGetsTheOthersAnswer(t *testing.T) {
+	t.Parallel()
+	rdb, _ := testenv.Redis(t)
+	g := newGuard(t, rdb)
+	patience, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	g.reserve(t.Context(), testKey, "other")
+	looked := make(chan struct{}, 100)
+	answer := make(chan string)
+	go func() {
+		committed := false
+		got, err := Once(t.Context(), patience, g, Send[string]{
+			Key: testKey,
+			Find: func(context.Context) (string, error) {
+				if !committed {
+					committed = true
+					looked <- struct{}{}
+					return "", ErrNotCommitted
+				}
+				return "found", nil
+			},
+			Place: func(context.Context) (string, error) { return "placed twice", nil },
+		})
+		answer <- fmt.Sprint(got, err)
+	}()
+	<-looked // it has seen that the other is at work
+	g.complete(t.Context(), testKey, "other")
+	if got := <-answer; got != "found<nil>" {
+		t.Errorf("the patient send got %s", got)
+	}
+}
+
+func TestAPatientSendPlacesWhenTheOtherGivesUp(t *testing.T) {
+	t.Parallel()
+	rdb, _ := testenv.Redis(t)
+	g := newGuard(t, rdb)
+	patience, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	g.reserve(t.Context(), testKey, "other")
+	got, err := Once(t.Context(), patience, g, Send[string]{
+		Key: testKey,
+		Find: func(ctx context.Context) (string, error) {
+			g.release(ctx, testKey, "other")
+			return "", ErrNotCommitted
+		},
+		Place: func(context.Context) (string, error) { return "placed", nil },
+	})
+	if got != "placed" || err != nil {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+// done returns the patience of a send that does not wait.
+func done(t *testing.T) context.Context {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	return ctx
+}
+
+func expect(t *testing.T, what string, got, want state) {
+	t.Helper()
+	if got != want {
+		t.Errorf("%s: %q; want %q", what, got, want)
+	}
+}

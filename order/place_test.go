@@ -1,0 +1,377 @@
+package order
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"idempotent-orders/gen/api"
+	"idempotent-orders/idempotency"
+	"idempotent-orders/internal/testenv"
+)
+
+func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
+
+func send(key string, amount int64) Send {
+	return Send{
+		Key:   idempotency.Key{Caller: "anonymous", Operation: Operation, Value: key},
+		Draft: Draft{UserID: "user-456", Amount: amount},
+	}
+}
+
+func TestEveryFieldOfADraftCountsInTheFingerprint(t *testing.T) {
+	seen := map[idempotency.Fingerprint]Draft{}
+	for _, d := range []Draft{
+		{"user-456", 1000}, {"user-456", 1001}, {"user-457", 1000}, {"user-4561", 0}, {"user-45", 61000}, {"", 1000}, {"\x001000", 1},
+		{"1000", 1}, {"user-456 ", 1000}, {"USER-456", 1000}, {"üser", 1}, {"u\u0308ser", 1},
+	} {
+		if d.Fingerprint() != d.Fingerprint() {
+			t.Errorf("%v has no one fingerprint", d)
+		}
+		if other, ok := seen[d.Fingerprint()]; ok {
+			t.Errorf("%v and %v have the same fingerprint", d, other)
+		}
+		seen[d.Fingerprint()] = d
+	}
+}
+
+func TestKeyOrderAndEventAreWrittenTogether(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	commits := 0
+	store := NewStore(pool, 24*time.Hour, func() { commits++ })
+	s := send("k", 1234)
+	s.Traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	placed, err := store.Place(t.Context(), s)
+	if err != nil || placed.Replayed {
+		t.Fatal(placed, err)
+	}
+	if commits != 1 {
+		t.Errorf("the relay was told %d times; want once", commits)
+	}
+
+	o, err := store.Get(t.Context(), "anonymous", placed.OrderID)
+	if err != nil || o.UserID != "user-456" || o.Amount != 1234 || o.Status != "created" {
+		t.Errorf("the order is %+v, %v", o, err)
+	}
+	if _, err := store.Get(t.Context(), "another", placed.OrderID); !errors.Is(err, ErrNotFound) {
+		t.Errorf("another caller gets %v; want ErrNotFound", err)
+	}
+	if life := placed.ExpiresAt.Sub(o.CreatedAt); life != 24*time.Hour {
+		t.Errorf("the key lives %s; want the retention", life)
+	}
+
+	var eventID, aggregate uuid.UUID
+	var eventType, source, trace string
+	var payload []byte
+	var at time.Time
+	row := pool.QueryRow(t.Context(), "SELECT event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM outbox")
+	if err := row.Scan(&eventID, &aggregate, &eventType, &source, &payload, &trace, &at); err != nil {
+		t.Fatal(err)
+	}
+	var data api.OrderCreatedV1Data
+	if err := json.Unmarshal(payload, &data); err != nil {
+		t.Fatal(err)
+	}
+	want := api.OrderCreatedV1Data{OrderId: placed.OrderID, UserId: "user-456", Amount: 1234, CreatedAt: o.CreatedAt}
+	if data != want || eventID.Version() != 7 || aggregate != placed.OrderID || eventType != "order.created.v1" ||
+		source != "/orders" || trace != s.Traceparent || !at.Equal(o.CreatedAt) {
+		t.Errorf("the event is %s %s %s %s %s %s %s", eventID, aggregate, eventType, source, payload, trace, at)
+	}
+}
+
+func TestALoserReplaysTheWinner(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	commits := 0
+	store := NewStore(pool, time.Hour, func() { commits++ })
+	first, err := store.Place(t.Context(), send("k", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := store.Place(t.Context(), send("k", 1))
+	if err != nil || again.OrderID != first.OrderID || again.ExpiresAt != first.ExpiresAt || !again.Replayed {
+		t.Errorf("the second send got %+v, %v", again, err)
+	}
+	if _, err := store.Place(t.Context(), send("k", 2)); !errors.Is(err, idempotency.ErrMismatch) {
+		t.Errorf("another amount got %v; want ErrMismatch", err)
+	}
+	if commits != 1 {
+		t.Errorf("the relay was told %d times; want once", commits)
+	}
+	count(t, pool, 1)
+
+	found, err := store.Find(t.Context(), send("k", 1))
+	if err != nil || found != again {
+		t.Errorf("Find got %+v, %v; want %+v", found, err, again)
+	}
+	if _, err := store.Find(t.Context(), send("k", 2)); !errors.Is(err, idempotency.ErrMismatch) {
+		t.Errorf("Find of another amount got %v", err)
+	}
+	if _, err := store.Find(t.Context(), send("other", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
+		t.Errorf("Find of another key got %v", err)
+	}
+}
+
+func TestABatchIsJudgedSendBySend(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	store := NewStore(pool, time.Hour, nil)
+	old, err := store.Place(t.Context(), send("old", 7))
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign := send("new", 1)
+	foreign.Key.Caller = "another"
+	results := store.placeBatch(t.Context(), []Send{
+		send("new", 1), send("old", 7), send("old", 8), send("new", 1), send("new", 2), foreign, send("a", 3),
+	})
+	for i, want := range []struct {
+		replayed bool
+		err      error
+	}{{}, {replayed: true}, {err: idempotency.ErrMismatch}, {replayed: true}, {err: idempotency.ErrMismatch}, {}, {}} {
+		got := results[i]
+		if got.Placement.Replayed != want.replayed || !errors.Is(got.Err, want.err) {
+			t.Errorf("send %d got %+v; want %+v", i, got, want)
+		}
+	}
+	if results[1].Placement.OrderID != old.OrderID || results[3].Placement.OrderID != results[0].Placement.OrderID {
+		t.Errorf("replays have other orders: %+v", results)
+	}
+	if results[5].Placement.OrderID == results[0].Placement.OrderID {
+		t.Error("two callers share an order")
+	}
+	count(t, pool, 4)
+}
+
+func TestAnExpiredKeyIsFreeAgain(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	store := NewStore(pool, time.Hour, nil)
+	first, err := store.Place(t.Context(), send("k", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.Exec(t.Context(), "UPDATE idempotency_keys SET expires_at = now()"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.Find(t.Context(), send("k", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
+		t.Errorf("Find got %v; want ErrNotCommitted", err)
+	}
+	second, err := store.Place(t.Context(), send("k", 2))
+	if err != nil || second.Replayed || second.OrderID == first.OrderID {
+		t.Errorf("a new order under the expired key got %+v, %v", second, err)
+	}
+	again, err := store.Place(t.Context(), send("k", 2))
+	if err != nil || again.OrderID != second.OrderID || !again.Replayed {
+		t.Errorf("its replay got %+v, %v", again, err)
+	}
+	var orders int
+	if err := pool.QueryRow(t.Context(), "SELECT count(*) FROM orders").Scan(&orders); err != nil || orders != 2 {
+		t.Errorf("there are %d orders, %v; want 2", orders, err)
+	}
+}
+
+func TestBatchesThatShareKeysInAnyOrderDoNotDeadlock(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	store := NewStore(pool, time.Hour, nil)
+	const keys, batches = 50, 16
+	placed := atomic.Int64{}
+	var group sync.WaitGroup
+	for b := range batches {
+		group.Go(func() {
+			sends := make([]Send, keys)
+			for i := range sends {
+				sends[i] = send(fmt.Sprintf("k%d", (i*(b%7+1)+b)%keys), 1) // each batch in an order of its own
+			}
+			for _, r := range store.placeBatch(t.Context(), sends) {
+				if r.Err != nil {
+					t.Error(r.Err)
+				}
+				if r.Err == nil && !r.Placement.Replayed {
+					placed.Add(1)
+				}
+			}
+		})
+	}
+	group.Wait()
+	rows := 0
+	if err := pool.QueryRow(t.Context(), "SELECT count(*) FROM orders").Scan(&rows); err != nil || rows != int(placed.Load()) || rows > keys {
+		t.Errorf("there are %d orders (%v), and %d sends say they placed one, of %d keys", rows, err, placed.Load(), keys)
+	}
+}
+
+func TestACallerThatLeavesIsPlacedAllTheSame(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := NewStore(pool, time.Hour, nil).Place(ctx, send("k", 1)); err != nil {
+		t.Fatal(err)
+	}
+	count(t, pool, 1)
+}
+
+func TestWhatPostgreSQLRefusesIsNotPlaced(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	_, err := NewStore(pool, time.Hour, nil).Place(t.Context(), send("k", 0))
+	if !errors.Is(err, ErrUnavailable) || errors.Is(err, idempotency.ErrOutcomeUnknown) {
+		t.Errorf("got %v; want ErrUnavailable", err)
+	}
+	count(t, pool, 0)
+}
+
+// A COMMIT whose reply is lost is an unknown: the proxy lets it through, or not, and cuts the line either way.
+func TestALostCommitIsLookedUp(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name      string
+		cut       cut
+		err       error
+		committed int
+	}{
+		{"it arrived, so the order is there", afterCommit, nil, 1},
+		{"it did not arrive, so nobody knows", beforeCommit, idempotency.ErrOutcomeUnknown, 0},
+		{"it arrived, but nothing can be asked any more", afterCommitForGood, idempotency.ErrOutcomeUnknown, 1},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			address := testenv.DatabaseURL(t)
+			direct := testenv.Pool(t, address)
+			proxied := testenv.Pool(t, cutLine(t, address, test.cut))
+			commits := 0
+			store := NewStore(proxied, time.Hour, func() { commits++ })
+
+			placed, err := store.Place(t.Context(), send("k", 1))
+			if !errors.Is(err, test.err) || err == nil && placed.Replayed {
+				t.Fatalf("got %+v, %v; want error %v", placed, err, test.err)
+			}
+			count(t, direct, test.committed)
+			if err == nil && commits != 1 {
+				t.Errorf("the relay was told %d times; want once", commits)
+			}
+
+			again, err := NewStore(direct, time.Hour, nil).Place(t.Context(), send("k", 1))
+			if err != nil || again.Replayed != (test.committed == 1) {
+				t.Errorf("sent again: %+v, %v", again, err)
+			}
+			count(t, direct, 1)
+		})
+	}
+}
+
+// count checks that there are n keys, n orders and n events.
+func count(t *testing.T, pool *pgxpool.Pool, n int) {
+	t.Helper()
+	for _, table := range []string{"idempotency_keys", "orders", "outbox"} {
+		var rows int
+		if err := pool.QueryRow(t.Context(), "SELECT count(*) FROM "+table).Scan(&rows); err != nil || rows != n {
+			t.Errorf("%s has %d rows, %v; want %d", table, rows, err, n)
+		}
+	}
+}
+
+// cut is where a line is cut, once.
+type cut int
+
+const (
+	beforeCommit       cut = iota // COMMIT is not passed on
+	afterCommit                   // COMMIT is passed on, and executed; its reply is not
+	afterCommitForGood            // likewise, and nobody can connect any more
+)
+
+// cutLine returns the address of a proxy before the database that cuts the first connection that sends COMMIT.
+func cutLine(t *testing.T, address string, where cut) string {
+	u, err := url.Parse(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	backend := u.Host
+	var once sync.Once
+	go func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", backend)
+			if err != nil {
+				client.Close()
+				return
+			}
+			replies := make(chan []byte, 1000)
+			go func() { // what the database says
+				defer close(replies)
+				buf := make([]byte, 64<<10)
+				for {
+					n, err := server.Read(buf)
+					if err != nil {
+						return
+					}
+					replies <- bytes.Clone(buf[:n])
+				}
+			}()
+			var cutting atomic.Bool
+			go func() { // to the client
+				defer client.Close()
+				for reply := range replies {
+					if cutting.Load() { // the reply to COMMIT: it was executed
+						server.Close()
+						return
+					}
+					if _, err := client.Write(reply); err != nil {
+						return
+					}
+				}
+			}()
+			go func() { // to the database
+				defer server.Close()
+				buf := make([]byte, 64<<10)
+				for {
+					n, err := client.Read(buf)
+					if err != nil {
+						return
+					}
+					if bytes.Contains(buf[:n], []byte("commit\x00")) {
+						mine := false
+						once.Do(func() { mine = true })
+						if mine && where == afterCommitForGood {
+							listener.Close()
+						}
+						if mine && where == beforeCommit {
+							client.Close()
+							return
+						}
+						if mine {
+							cutting.Store(true)
+						}
+					}
+					if _, err := server.Write(buf[:n]); err != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	u.Host = listener.Addr().String()
+	return u.String()
+}
