@@ -97,12 +97,12 @@ type RedisSubscription struct {
 
 // Receive returns deliveries that others abandoned, if there are any, and else new ones.
 func (s *RedisSubscription) Receive(ctx context.Context, limit int, wait time.Duration) ([]Delivery, error) {
-	messages, err := s.takeOver(ctx, limit)
-	if err == nil && len(messages) == 0 {
-		messages, err = s.read(ctx, limit, wait)
-	}
+	messages, err := s.next(ctx, limit, wait)
 	if redis.HasErrorPrefix(err, "NOGROUP") {
-		return nil, s.createGroup(ctx)
+		if err := s.createGroup(ctx); err != nil {
+			return nil, err
+		}
+		messages, err = s.next(ctx, limit, wait)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("receive from stream %s: %w", Stream, err)
@@ -113,6 +113,13 @@ func (s *RedisSubscription) Receive(ctx context.Context, limit int, wait time.Du
 		deliveries[i].Event, deliveries[i].Err = event(m.Values)
 	}
 	return deliveries, nil
+}
+
+func (s *RedisSubscription) next(ctx context.Context, limit int, wait time.Duration) ([]redis.XMessage, error) {
+	if messages, err := s.takeOver(ctx, limit); err != nil || len(messages) > 0 {
+		return messages, err
+	}
+	return s.read(ctx, limit, wait)
 }
 
 func (s *RedisSubscription) takeOver(ctx context.Context, limit int) ([]redis.XMessage, error) {
