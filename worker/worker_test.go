@@ -22,6 +22,8 @@ import (
 	"idempotent-orders/gen/api"
 	"idempotent-orders/gen/db"
 	"idempotent-orders/idempotency"
+	"idempotent-orders/internal/connect"
+	"idempotent-orders/internal/local"
 	"idempotent-orders/internal/testenv"
 	"idempotent-orders/order"
 )
@@ -230,6 +232,51 @@ func TestAnOrderIsAnnouncedAndMailedOnce(t *testing.T) {
 	if mail := b.mails.mails[0]; mail.UserID != "user-456" || mail.Amount < 1 || mail.EventID == uuid.Nil {
 		t.Errorf("the mail is %+v", mail)
 	}
+}
+
+func TestWithoutARedisServerARedisInProcessDoes(t *testing.T) {
+	t.Parallel()
+	addr, stop, err := local.StartMiniredis()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	rdb := connect.Redis([]string{addr}, "")
+	t.Cleanup(func() { rdb.Close() })
+	b := &bench{t: t, pool: testenv.Database(t), redis: rdb, broker: broker.NewRedisStreams(rdb), mails: &mailbox{}, log: &syncBuffer{}}
+	b.orders = order.NewStore(b.pool, time.Hour, nil)
+	guard := idempotency.NewGuard(rdb, time.Hour, slog.New(slog.DiscardHandler))
+	send := order.Send{Key: idempotency.Key{Caller: "anonymous", Operation: order.Operation, Value: "k"}, Draft: order.Draft{UserID: "u", Amount: 1}}
+	var orders []uuid.UUID
+	for _, replayed := range []bool{false, true} {
+		placed, err := idempotency.Once(t.Context(), t.Context(), guard, idempotency.Send[order.Placement]{
+			Key:   send.Key,
+			Find:  func(ctx context.Context) (order.Placement, error) { return b.orders.Find(ctx, send) },
+			Place: func(ctx context.Context) (order.Placement, error) { return b.orders.Place(ctx, send) },
+		})
+		if err != nil || placed.Replayed != replayed {
+			t.Fatalf("%+v, %v; want a replay: %t", placed, err, replayed)
+		}
+		orders = []uuid.UUID{placed.OrderID}
+	}
+	if marks, err := rdb.Keys(t.Context(), "idempotency:*").Result(); err != nil || len(marks) != 1 {
+		t.Errorf("the scripts left %v, %v", marks, err)
+	}
+	orders = append(orders, b.place(5)...)
+	if err := b.relay(b.broker).Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	received, err := b.consumer("dead", b.mails).subscription.Receive(t.Context(), 2, 0)
+	if err != nil || len(received) != 2 {
+		t.Fatal(received, err)
+	}
+	heir := b.consumer("heir", b.mails)
+	b.start(heir.Run)
+	b.eventually("every delivery is acknowledged", func() bool {
+		p, err := rdb.XPending(t.Context(), broker.Stream, EmailConsumer).Result()
+		return err == nil && p.Count == 0 && len(b.mails.orders()) == len(orders)
+	})
+	b.settled(orders)
 }
 
 func TestAnOrderPlacedWhileTheConsumerIsDownIsMailedWhenItReturns(t *testing.T) {

@@ -16,6 +16,9 @@ import (
 	"idempotent-orders/internal/connect"
 )
 
+// findRedisServer is what tests replace to be on a machine without one.
+var findRedisServer = FindRedisServer
+
 // probeTimeout bounds the look whether a server at a default address can be used.
 const probeTimeout = 2 * time.Second
 
@@ -101,7 +104,7 @@ func (s *Servers) chooseRedis(ctx context.Context, w Wanted) error {
 	}
 	w.Log.InfoContext(ctx, "No usable Redis at the default address; starting one. Set REDIS_ADDR to use another",
 		"address", strings.Join(w.RedisAddrs, ","), "reason", reason(err))
-	if _, err := FindRedisServer(); err != nil {
+	if _, err := findRedisServer(); err != nil {
 		return s.inProcessRedis(ctx, w, err)
 	}
 	server, err := StartRedis(ctx, RedisOptions{Dir: filepath.Join(w.Folder, "redis"), Log: w.Log})
