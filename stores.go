@@ -51,7 +51,7 @@ func wanted(cfg config.Config, folder string, inParts bool, log *slog.Logger) lo
 
 func (s *stores) connect(ctx context.Context, cfg config.Config, which parts, log *slog.Logger) (err error) {
 	if s.pool, err = connect.PostgreSQL(ctx, s.servers.DatabaseURL); err != nil {
-		return fmt.Errorf("PostgreSQL cannot be used; check DB_HOST, DB_PORT, DB_USER, DB_PASSWORD, DB_NAME or DATABASE_URL: %w", err)
+		return fmt.Errorf("cannot use PostgreSQL; check DB_HOST, DB_PORT, DB_USER, DB_PASSWORD, DB_NAME or DATABASE_URL: %w", err)
 	}
 	log.InfoContext(ctx, "Connected to database successfully")
 	if which.migrate {
@@ -65,7 +65,7 @@ func (s *stores) connect(ctx context.Context, cfg config.Config, which parts, lo
 	asked, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	if err := s.redis.Ping(asked).Err(); err != nil {
-		return fmt.Errorf("Redis at %s cannot be used; check REDIS_ADDR and REDIS_PASSWORD: %w", strings.Join(s.servers.RedisAddrs, ","), err)
+		return fmt.Errorf("cannot use the Redis at %s; check REDIS_ADDR and REDIS_PASSWORD: %w", strings.Join(s.servers.RedisAddrs, ","), err)
 	}
 	log.InfoContext(ctx, "Connected to Redis successfully")
 	return nil

@@ -37,9 +37,6 @@ func TestEveryFieldOfADraftCountsInTheFingerprint(t *testing.T) {
 		{"user-456", 1000}, {"user-456", 1001}, {"user-457", 1000}, {"user-4561", 0}, {"user-45", 61000}, {"", 1000}, {"\x001000", 1},
 		{"1000", 1}, {"user-456 ", 1000}, {"USER-456", 1000}, {"üser", 1}, {"u\u0308ser", 1},
 	} {
-		if d.Fingerprint() != d.Fingerprint() {
-			t.Errorf("%v has no one fingerprint", d)
-		}
 		if other, ok := seen[d.Fingerprint()]; ok {
 			t.Errorf("%v and %v have the same fingerprint", d, other)
 		}

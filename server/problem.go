@@ -189,7 +189,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 
 func (s *Server) logProblem(r *http.Request, p problemType, id string, err error) {
 	level := slog.LevelInfo
-	if p.status >= http.StatusInternalServerError {
+	if p.status >= http.StatusInternalServerError && r.Context().Err() == nil { // else the client left, which is no fault of ours
 		level = slog.LevelError
 	}
 	s.log.Log(r.Context(), level, "Request refused",

@@ -1,0 +1,71 @@
+# In a fresh clone `go run .` and `make test` work at once; nothing here has to come before them.
+
+# The tools stand in a module of their own. Without cgo, because sqlc would compile a whole C parser.
+TOOL = CGO_ENABLED=0 go tool -modfile=tools/go.mod
+PACKAGES = $$(go list ./... | grep -v /gen/)
+FILES = $$(find . -path ./gen -prune -o -name '*.go' -print)
+FUZZTIME = 30s
+
+.PHONY: help
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: run
+run: ## run everything; starts its own PostgreSQL and Redis if there are none
+	go run .
+
+.PHONY: build
+build: ## build the program into bin/
+	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o bin/idempotent-orders .
+
+.PHONY: generate
+generate: ## rewrite gen/ from the contract and the queries
+	go generate ./...
+
+.PHONY: generate-check
+generate-check: generate ## fail when gen/ is not up to date, or not committed
+	git --no-pager diff --exit-code HEAD -- gen/
+	@new=$$(git ls-files --others -- gen/) && test -z "$$new" || { echo "not committed: $$new"; exit 1; }
+
+.PHONY: fmt
+fmt: ## format the hand-written files
+	gofmt -w $(FILES)
+
+.PHONY: fmt-check
+fmt-check: ## fail when a hand-written file is not formatted
+	@bad=$$(gofmt -l $(FILES)) && test -z "$$bad" || { echo "not formatted (make fmt): $$bad"; exit 1; }
+
+.PHONY: vet
+vet: ## go vet
+	go vet ./...
+
+.PHONY: lint
+lint: ## staticcheck on the hand-written packages
+	$(TOOL) staticcheck $(PACKAGES)
+
+.PHONY: test
+test: test-servers ## run every test against a real PostgreSQL and Redis, with race and shuffle
+	go test -race -shuffle=on -timeout=10m ./...
+
+.PHONY: test-servers
+test-servers: ## install redis-server and PostgreSQL when they are missing
+	@internal/testenv/install.sh
+
+.PHONY: fuzz
+fuzz: test-servers ## run each fuzz target for FUZZTIME (30s)
+	@set -e; for package in $$(go list ./...); do \
+		listed=$$(go test -list='^Fuzz' $$package); \
+		for target in $$(echo "$$listed" | grep '^Fuzz'); do \
+			echo "== $$package $$target"; \
+			go test -run='^$$' -fuzz="^$$target\$$" -fuzztime=$(FUZZTIME) $$package; \
+		done; \
+	done
+
+.PHONY: loadtest
+loadtest: ## place 100 orders with the service that runs at http://localhost:8080
+	go run ./loadtest
+
+.PHONY: clean
+clean: ## remove what was built, and cached test results
+	rm -rf bin
+	go clean -testcache
