@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -12,8 +13,13 @@ import (
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
-// patience bounds the first contact with a store.
-const patience = 5 * time.Second
+const (
+	// patience bounds the first contact with a store.
+	patience = 5 * time.Second
+	// maxConns is how many connections a process may hold, unless the url says otherwise. Sends that wait for another's
+	// commit hold one each; pgx's own default, four on a small machine, is soon used up.
+	maxConns = 16
+)
 
 // PostgreSQL opens a pool on the database at url and makes sure that it answers. The url may set the pool's own
 // parameters, such as pool_max_conns.
@@ -21,6 +27,9 @@ func PostgreSQL(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	cfg, err := pgxpool.ParseConfig(url)
 	if err != nil {
 		return nil, fmt.Errorf("read the database's address: %w", err)
+	}
+	if !strings.Contains(url, "pool_max_conns") {
+		cfg.MaxConns = maxConns
 	}
 	cfg.ConnConfig.RuntimeParams["application_name"] = "idempotent-orders"
 	cfg.ConnConfig.ConnectTimeout = patience
