@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -76,17 +77,12 @@ func serveAPI(t *testing.T, cfg Config, redisServer *testenv.RedisServer) *testA
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
 	go func() { served <- New(cfg).Serve(ctx, listener) }()
-	stopped := false
-	stop := func() {
-		if stopped {
-			return
-		}
-		stopped = true
+	stop := sync.OnceFunc(func() {
 		cancel()
 		if err := <-served; err != nil {
 			t.Error(err)
 		}
-	}
+	})
 	transport := &http.Transport{MaxIdleConnsPerHost: 64}
 	t.Cleanup(stop)
 	t.Cleanup(transport.CloseIdleConnections)

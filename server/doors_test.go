@@ -182,13 +182,13 @@ func TestAStoppingServerLetsWaitersGoAndFinishesTheRest(t *testing.T) {
 	go send(placing)
 	api.eventually("the first send waits", func() bool {
 		var waits bool
-		err := tx.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)").Scan(&waits)
+		err := api.pool.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)").Scan(&waits)
 		return err == nil && waits
 	})
 	go send(waiting, "Prefer", "wait=10")
 	api.eventually("the second send looks the key up", func() bool {
 		var looked bool
-		err := tx.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%FindIdempotencyKeys%')").Scan(&looked)
+		err := api.pool.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE '%FindIdempotencyKeys%')").Scan(&looked)
 		return err == nil && looked
 	})
 	stopped := make(chan struct{})
