@@ -97,10 +97,14 @@ func serve(ctx context.Context, cfg config.Config, folder string, which parts, l
 		defer listener.Close()
 	}
 	stores, err := open(ctx, cfg, folder, which, log)
+	if ctx.Err() != nil && err != nil {
+		log.InfoContext(ctx, "Stopped while starting", "error", err)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, stores.close(ctx)) }()
+	defer stores.close(ctx, log)
 
 	relay := worker.NewRelay(stores.pool, broker.NewRedisStreams(stores.redis), log)
 	consumer := newConsumer(cfg, stores, log)
@@ -112,7 +116,7 @@ func serve(ctx context.Context, cfg config.Config, folder string, which parts, l
 
 	running, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var loops sync.WaitGroup
-	defer loops.Wait()
+	defer within(loopsTimeout, loops.Wait)
 	defer stop()
 	if which.worker {
 		log.InfoContext(ctx, "Outbox worker started")
@@ -133,12 +137,20 @@ func serve(ctx context.Context, cfg config.Config, folder string, which parts, l
 
 	log.InfoContext(ctx, "Stopping")
 	stop()
-	loops.Wait()
+	within(loopsTimeout, loops.Wait)
 	if stores.servers.InProcessRedis {
 		err = errors.Join(err, drain(ctx, relay, consumer))
 	}
 	return err
 }
+
+const (
+	// loopsTimeout bounds the wait for the relay and the consumer, which give themselves less. What they held when a store
+	// is silent is safe: uncommitted in the outbox, or unacknowledged in the stream.
+	loopsTimeout = 2500 * time.Millisecond
+	// drainTimeout bounds the emptying of a Redis that is lost with the process.
+	drainTimeout = time.Second
+)
 
 func newServer(cfg config.Config, stores *stores, committed func(), log *slog.Logger, listener net.Listener) *server.Server {
 	log.Info("Server starting on port " + strconv.Itoa(listener.Addr().(*net.TCPAddr).Port))
@@ -167,7 +179,7 @@ func newConsumer(cfg config.Config, stores *stores, log *slog.Logger) *worker.Co
 
 // drain empties the outbox and the stream before a Redis inside this process is lost.
 func drain(ctx context.Context, relay *worker.Relay, consumer *worker.Consumer) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 	defer cancel()
 	return errors.Join(relay.Drain(ctx), consumer.Drain(ctx))
 }

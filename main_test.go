@@ -269,6 +269,55 @@ func TestAnAcknowledgedOrderSurvivesHoweverTheProgramEnds(t *testing.T) {
 	}
 }
 
+func TestSIGTERMWhileStartingEndsWell(t *testing.T) {
+	t.Parallel()
+	for _, at := range []string{"msg=Starting", "Starting PostgreSQL", "Connected to database"} {
+		t.Run(at, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, []string{"PORT=0", "XDG_DATA_HOME=" + testenv.Dir(t)})
+			p.waitFor(regexp.MustCompile(at))
+			p.terminate()
+		})
+	}
+}
+
+// Silent servers, not dead ones: every connection stays open, and nothing comes back.
+func TestSIGTERMEndsWellInTimeThoughTheStoresAreSilent(t *testing.T) {
+	t.Parallel()
+	database := testenv.DatabaseURL(t)
+	_, redisServer := testenv.Redis(t)
+	p := start(t, []string{"PORT=0", "XDG_DATA_HOME=" + testenv.Dir(t), "DATABASE_URL=" + database, "REDIS_ADDR=" + redisServer.Addr()}).serving()
+	placed, _ := p.mustPlace("k")
+	p.waitFor(mailFor(placed))
+
+	var pids []int
+	rows, err := testenv.Pool(t, database).Query(t.Context(),
+		"SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for rows.Next() {
+		var pid int
+		if err := rows.Scan(&pid); err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, pid)
+	}
+	pids = append(pids, redisServer.Pid())
+	for _, pid := range pids {
+		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer func() {
+		for _, pid := range pids {
+			_ = syscall.Kill(pid, syscall.SIGCONT)
+		}
+	}()
+	go p.place("another") // under way, and never answered
+	p.terminate()
+}
+
 func TestThePartsRunInProcessesOfTheirOwn(t *testing.T) {
 	t.Parallel()
 	_, redisServer := testenv.Redis(t)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -18,8 +17,12 @@ import (
 	"idempotent-orders/migrations"
 )
 
-// stopServersTimeout bounds the stop of servers that this program started.
-const stopServersTimeout = 2 * time.Second
+const (
+	// closeTimeout bounds the closing of connections, on which a silent server may leave us waiting.
+	closeTimeout = 500 * time.Millisecond
+	// stopServersTimeout bounds the stop of servers that this program started.
+	stopServersTimeout = 1500 * time.Millisecond
+)
 
 // stores are PostgreSQL and Redis, opened, and the local servers behind them, if any.
 type stores struct {
@@ -36,7 +39,8 @@ func open(ctx context.Context, cfg config.Config, folder string, which parts, lo
 	}
 	s := &stores{servers: servers, redis: connect.Redis(servers.RedisAddrs, servers.RedisPassword)}
 	if err := s.connect(ctx, cfg, which, log); err != nil {
-		return nil, errors.Join(err, s.close(ctx))
+		s.close(ctx, log)
+		return nil, err
 	}
 	return s, nil
 }
@@ -71,19 +75,34 @@ func (s *stores) connect(ctx context.Context, cfg config.Config, which parts, lo
 	return nil
 }
 
-// close closes what is open, and stops the servers that were started.
-func (s *stores) close(ctx context.Context) error {
-	if s.pool != nil {
-		s.pool.Close()
-	}
-	err := s.redis.Close()
+// close closes what is open, and stops the servers that were started. A server that does not stop in time is left running,
+// for the next run to find: nothing is lost by it.
+func (s *stores) close(ctx context.Context, log *slog.Logger) {
+	within(closeTimeout, func() {
+		_ = s.redis.Close()
+		if s.pool != nil {
+			s.pool.Close()
+		}
+	})
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopServersTimeout)
 	defer cancel()
-	return errors.Join(err, s.servers.Stop(ctx))
+	if err := s.servers.Stop(ctx); err != nil {
+		log.WarnContext(ctx, "A local server did not stop, and is left running", "error", err)
+	}
+}
+
+// within waits for do, but not longer than limit.
+func within(limit time.Duration, do func()) {
+	done := make(chan struct{})
+	go func() { defer close(done); do() }()
+	select {
+	case <-done:
+	case <-time.After(limit):
+	}
 }
 
 func migrateUp(ctx context.Context, databaseURL string, log *slog.Logger) error {
-	m, err := migrations.Open(databaseURL)
+	m, err := migrations.Open(databaseURL, log)
 	if err != nil {
 		return err
 	}
@@ -107,7 +126,7 @@ func migrate(ctx context.Context, cfg config.Config, folder, direction string, s
 		return err
 	}
 	defer servers.Stop(context.WithoutCancel(ctx))
-	m, err := migrations.Open(servers.DatabaseURL)
+	m, err := migrations.Open(servers.DatabaseURL, log)
 	if err != nil {
 		return err
 	}

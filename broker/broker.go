@@ -40,6 +40,9 @@ type Delivery struct {
 type Subscription interface {
 	// Receive waits for deliveries, not much longer than wait, and returns at most limit of them; none is no error.
 	Receive(ctx context.Context, limit int, wait time.Duration) ([]Delivery, error)
+	// Keep tells that the deliveries are still being worked on, so that they are not given to another. It may be called
+	// while another method is.
+	Keep(ctx context.Context, tags []string) error
 	// Ack tells that the deliveries need nothing more.
 	Ack(ctx context.Context, tags []string) error
 }

@@ -15,6 +15,9 @@ import (
 // Stream is the Redis stream of events.
 const Stream = "orders.events"
 
+// readSlack is how much longer than asked for a read may take.
+const readSlack = time.Second
+
 // RedisStreams publishes to a Redis stream, one field for each attribute of an event.
 type RedisStreams struct {
 	redis redis.UniversalClient
@@ -85,7 +88,7 @@ func (b *RedisStreams) Subscribe(group, name string, abandonedAfter time.Duratio
 	return &RedisSubscription{redis: b.redis, group: group, name: name, abandonedAfter: abandonedAfter}
 }
 
-// RedisSubscription is one process's part in a consumer group. It is for one goroutine.
+// RedisSubscription is one process's part in a consumer group. It is for one goroutine, but for Keep.
 type RedisSubscription struct {
 	redis          redis.UniversalClient
 	group, name    string
@@ -141,6 +144,9 @@ func (s *RedisSubscription) takeOver(ctx context.Context, limit int) ([]redis.XM
 }
 
 func (s *RedisSubscription) read(ctx context.Context, limit int, wait time.Duration) ([]redis.XMessage, error) {
+	// A read that blocks is not interrupted when ctx is cancelled, and would wait long for a Redis that is silent.
+	ctx, cancel := context.WithTimeout(ctx, max(wait, 0)+readSlack)
+	defer cancel()
 	if wait <= 0 {
 		wait = -1 // to Redis, zero means for ever
 	}
@@ -160,6 +166,15 @@ func (s *RedisSubscription) createGroup(ctx context.Context) error {
 	err := s.redis.XGroupCreateMkStream(ctx, Stream, s.group, "0").Err()
 	if err != nil && !redis.HasErrorPrefix(err, "BUSYGROUP") {
 		return fmt.Errorf("create consumer group %s of stream %s: %w", s.group, Stream, err)
+	}
+	return nil
+}
+
+// Keep starts the deliveries' clocks anew in one command, without counting as another delivery.
+func (s *RedisSubscription) Keep(ctx context.Context, tags []string) error {
+	err := s.redis.XClaimJustID(ctx, &redis.XClaimArgs{Stream: Stream, Group: s.group, Consumer: s.name, Messages: tags}).Err()
+	if err != nil {
+		return fmt.Errorf("keep %d deliveries: %w", len(tags), err)
 	}
 	return nil
 }

@@ -30,22 +30,28 @@ CREATE TABLE outbox_published_default PARTITION OF outbox_published DEFAULT;
 
 -- Makes the partitions of today and of the given number of days after it (in UTC); those that exist stay. A day whose
 -- rows already stand in the default partition keeps them there. Safe to call from many sessions at once.
+--
+-- A partition is made on its own and then attached, which lets publishing go on; only the default partition is locked
+-- against readers, and not waited for longer than lock_timeout: then the call fails, and can be repeated.
 -- +goose StatementBegin
 CREATE FUNCTION create_outbox_partitions(days_ahead integer) RETURNS integer
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql
+SET lock_timeout = '1s' SET datestyle = 'ISO' SET timezone = 'UTC' AS $$
 DECLARE
     today   date := (now() AT TIME ZONE 'UTC')::date;
     day     date;
+    name    text;
     created integer := 0;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtext('create_outbox_partitions'));
     FOR day IN SELECT generate_series(today, today + days_ahead, '1 day')::date LOOP
-        CONTINUE WHEN to_regclass(format('outbox_published_%s', to_char(day, 'YYYYMMDD'))) IS NOT NULL;
+        name := 'outbox_published_' || to_char(day, 'YYYYMMDD');
+        CONTINUE WHEN to_regclass(name) IS NOT NULL;
         CONTINUE WHEN EXISTS (SELECT FROM outbox_published_default
-                              WHERE published_at >= day::timestamp AT TIME ZONE 'UTC'
-                                AND published_at < (day + 1)::timestamp AT TIME ZONE 'UTC');
-        EXECUTE format('CREATE TABLE outbox_published_%s PARTITION OF outbox_published FOR VALUES FROM (%L) TO (%L)',
-                       to_char(day, 'YYYYMMDD'), day::timestamp AT TIME ZONE 'UTC', (day + 1)::timestamp AT TIME ZONE 'UTC');
+                              WHERE published_at >= day::timestamptz AND published_at < (day + 1)::timestamptz);
+        EXECUTE format('CREATE TABLE %I (LIKE outbox_published INCLUDING ALL)', name);
+        EXECUTE format('ALTER TABLE outbox_published ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
+                       name, day::timestamptz, (day + 1)::timestamptz);
         created := created + 1;
     END LOOP;
     RETURN created;

@@ -9,6 +9,7 @@ import (
 	"embed"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -30,13 +31,14 @@ type Migrations struct {
 	provider *goose.Provider
 }
 
-// Open prepares the migrations of the database at url, a PostgreSQL connection string. It does not connect yet.
-func Open(url string) (*Migrations, error) {
+// Open prepares the migrations of the database at url, a PostgreSQL connection string. It does not connect yet. The lock
+// lasts as long as its session, so url must lead to PostgreSQL itself, not to a pooler that shares sessions.
+func Open(url string, log *slog.Logger) (*Migrations, error) {
 	db, err := sql.Open("pgx", url)
 	if err != nil {
 		return nil, fmt.Errorf("open database for migrations: %w", err)
 	}
-	provider, err := goose.NewProvider(goose.DialectPostgres, db, files, goose.WithSessionLocker(locker{}))
+	provider, err := goose.NewProvider(goose.DialectPostgres, db, files, goose.WithSessionLocker(locker{log}))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("read migrations: %w", err), db.Close())
 	}
@@ -104,11 +106,13 @@ func latest() int64 {
 
 // locker makes programs that migrate at once take turns. It asks again and again rather than wait inside PostgreSQL: a
 // waiting statement holds a snapshot, for which a migration with CREATE INDEX CONCURRENTLY would wait in turn.
-type locker struct{}
+type locker struct{ log *slog.Logger }
 
 const lockID = 0x6f7264657273 // "orders"
 
-func (locker) SessionLock(ctx context.Context, conn *sql.Conn) error {
+func (l locker) SessionLock(ctx context.Context, conn *sql.Conn) error {
+	said := time.AfterFunc(time.Second, func() { l.log.Info("Waiting for another program that migrates") })
+	defer said.Stop()
 	for {
 		var locked bool
 		if err := conn.QueryRowContext(ctx, "SELECT pg_try_advisory_lock($1)", lockID).Scan(&locked); err != nil {

@@ -3,6 +3,7 @@ package migrations_test
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net/url"
 	"os"
 	"slices"
@@ -43,7 +44,7 @@ func tables(t *testing.T, pool *pgxpool.Pool) []string {
 
 func open(t *testing.T, address string) *migrations.Migrations {
 	t.Helper()
-	m, err := migrations.Open(address)
+	m, err := migrations.Open(address, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +101,7 @@ func TestEightProgramsMayMigrateAtOnce(t *testing.T) {
 	total, mu := 0, sync.Mutex{}
 	for range 8 {
 		group.Go(func() {
-			m, err := migrations.Open(address)
+			m, err := migrations.Open(address, slog.New(slog.DiscardHandler))
 			if err != nil {
 				t.Error(err)
 				return

@@ -73,5 +73,5 @@ type Placement struct {
 // Result is what became of one send of a batch.
 type Result struct {
 	Placement Placement
-	Err       error // idempotency.ErrMismatch, idempotency.ErrOutcomeUnknown or ErrUnavailable
+	Err       error // as Place returns it
 }

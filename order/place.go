@@ -6,20 +6,24 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"idempotent-orders/gen/db"
 	"idempotent-orders/idempotency"
+	"idempotent-orders/internal/connect"
 )
 
 const (
-	// placeTimeout bounds a transaction that places orders. It is shorter than a reservation lasts, and than the time a
-	// stopping server gives its requests.
-	placeTimeout = 5 * time.Second
+	// timeout bounds what PostgreSQL is given to answer a request. It is shorter than a reservation lasts.
+	timeout = 5 * time.Second
+	// stallTimeout is when PostgreSQL ends a transaction that nobody goes on with.
+	stallTimeout = 5 * time.Second
 	// lookUpTimeout bounds the look after a commit whose outcome is unknown.
 	lookUpTimeout = 2 * time.Second
 )
@@ -42,9 +46,10 @@ func NewStore(pool *pgxpool.Pool, retention time.Duration, committed func()) *St
 
 // Place places an order, or returns the answer to the send that already did under the same key. It goes on to the end
 // when ctx is cancelled: a caller that leaves does not leave an order half placed. Errors wrap idempotency.ErrMismatch,
-// ErrUnavailable (nothing was committed) or idempotency.ErrOutcomeUnknown.
+// ErrUnavailable (nothing was committed) or idempotency.ErrOutcomeUnknown; any other says that PostgreSQL refused the
+// order for what it is, and that nothing was committed.
 func (s *Store) Place(ctx context.Context, send Send) (Placement, error) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), placeTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 	defer cancel()
 	result := s.placeBatch(ctx, []Send{send})[0]
 	return result.Placement, result.Err
@@ -53,6 +58,8 @@ func (s *Store) Place(ctx context.Context, send Send) (Placement, error) {
 // Find returns the answer to the send that was committed under the key of this one. Errors wrap
 // idempotency.ErrNotCommitted, idempotency.ErrMismatch or ErrUnavailable.
 func (s *Store) Find(ctx context.Context, send Send) (Placement, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
 	held, err := find(ctx, db.New(s.pool), []idempotency.Key{send.Key})
 	if err != nil {
 		return Placement{}, fmt.Errorf("find an idempotency key: %w: %w", ErrUnavailable, err)
@@ -63,6 +70,8 @@ func (s *Store) Find(ctx context.Context, send Send) (Placement, error) {
 
 // Get returns the caller's order, or ErrNotFound, or an error that wraps ErrUnavailable.
 func (s *Store) Get(ctx context.Context, caller string, id uuid.UUID) (Order, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
 	row, err := db.New(s.pool).GetOrder(ctx, db.GetOrderParams{ID: id, Caller: caller})
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
@@ -80,13 +89,13 @@ func (s *Store) placeBatch(ctx context.Context, sends []Send) []Result {
 	ids := newIDs(len(sends))
 	var held map[idempotency.Key]holding
 	committing := false
-	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) (err error) {
+	err := pgx.BeginTxFunc(ctx, s.pool, connect.Tx(stallTimeout), func(tx pgx.Tx) (err error) {
 		held, err = s.placeTx(ctx, tx, sends, ids)
 		committing = err == nil
 		return err
 	})
 	if err != nil && !committing {
-		return judgeAll(sends, ids, nil, fmt.Errorf("place orders: %w: %w", ErrUnavailable, err))
+		return judgeAll(sends, ids, nil, fmt.Errorf("place orders: %w", unavailable(err)))
 	}
 	absent := ErrUnavailable // a key that was lost to another send, and gone when it was read
 	if err != nil {
@@ -99,6 +108,16 @@ func (s *Store) placeBatch(ctx context.Context, sends []Send) []Result {
 		s.committed()
 	}
 	return results
+}
+
+// unavailable returns an error of PostgreSQL as one that may pass, unless it says that the rows themselves are wrong
+// (SQLSTATE classes 22 and 23), which sending them again would not change.
+func unavailable(err error) error {
+	var refused *pgconn.PgError
+	if errors.As(err, &refused) && (strings.HasPrefix(refused.Code, "22") || strings.HasPrefix(refused.Code, "23")) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrUnavailable, err)
 }
 
 // holding is a key and the order it holds.

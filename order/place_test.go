@@ -19,6 +19,7 @@ import (
 
 	"idempotent-orders/gen/api"
 	"idempotent-orders/idempotency"
+	"idempotent-orders/internal/connect"
 	"idempotent-orders/internal/testenv"
 )
 
@@ -222,12 +223,55 @@ func TestACallerThatLeavesIsPlacedAllTheSame(t *testing.T) {
 	count(t, pool, 1)
 }
 
+func TestPlacingDoesNotDependOnTheDatabasesDefaults(t *testing.T) {
+	t.Parallel()
+	address := testenv.DatabaseURL(t)
+	admin := testenv.Pool(t, address)
+	for _, setting := range []string{
+		"default_transaction_isolation = 'serializable'", "default_transaction_read_only = on", "timezone = 'America/Caracas'",
+		"datestyle = 'SQL, DMY'", "intervalstyle = 'iso_8601'",
+	} {
+		if _, err := admin.Exec(t.Context(), "ALTER DATABASE "+admin.Config().ConnConfig.Database+" SET "+setting); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pool := testenv.Pool(t, address)
+	placed, err := NewStore(pool, time.Hour, nil).Place(t.Context(), send("k", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left := time.Until(placed.ExpiresAt); left > time.Hour || left < 59*time.Minute || placed.ExpiresAt.Location() != time.UTC {
+		t.Errorf("the key expires at %s", placed.ExpiresAt)
+	}
+	count(t, pool, 1)
+}
+
+func TestATransactionThatNobodyGoesOnWithIsEnded(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	left, err := pool.BeginTx(t.Context(), connect.Tx(100*time.Millisecond)) // as when its server stops in the middle
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer left.Rollback(context.Background())
+	if _, err := NewStore(pool, time.Hour, nil).placeTx(t.Context(), left, []Send{send("k", 1)}, newIDs(1)); err != nil {
+		t.Fatal(err)
+	}
+	if placed, err := NewStore(pool, time.Hour, nil).Place(t.Context(), send("k", 1)); err != nil || placed.Replayed {
+		t.Errorf("the key is still held: %+v, %v", placed, err)
+	}
+	if err := left.Commit(t.Context()); err == nil {
+		t.Error("the transaction that was left committed")
+	}
+	count(t, pool, 1)
+}
+
 func TestWhatPostgreSQLRefusesIsNotPlaced(t *testing.T) {
 	t.Parallel()
 	pool := testenv.Database(t)
 	_, err := NewStore(pool, time.Hour, nil).Place(t.Context(), send("k", 0))
-	if !errors.Is(err, ErrUnavailable) || errors.Is(err, idempotency.ErrOutcomeUnknown) {
-		t.Errorf("got %v; want ErrUnavailable", err)
+	if err == nil || errors.Is(err, ErrUnavailable) || errors.Is(err, idempotency.ErrOutcomeUnknown) {
+		t.Errorf("got %v; want an error that does not ask to send it again", err)
 	}
 	count(t, pool, 0)
 }

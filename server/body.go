@@ -135,16 +135,13 @@ func members(body []byte) (found []member, broken *api.ProblemMember) {
 	}
 	for d.PeekKind() != '}' {
 		name, err := d.ReadToken()
-		if errors.Is(err, jsontext.ErrDuplicateName) {
-			return found, whole("has a member twice")
-		}
 		if err != nil {
-			return found, whole("is not JSON")
+			return found, broke(err)
 		}
 		key := name.String()
 		value, err := d.ReadValue()
 		if err != nil {
-			return found, whole("is not JSON")
+			return found, broke(err)
 		}
 		found = append(found, member{key, value.Clone()})
 	}
@@ -155,6 +152,21 @@ func members(body []byte) (found []member, broken *api.ProblemMember) {
 		return found, whole("has something after the object")
 	}
 	return found, nil
+}
+
+// broke returns what breaks an object, from the error of its reader: a repeated name, with the member it names, or else
+// what is not JSON.
+func broke(err error) *api.ProblemMember {
+	var syntax *jsontext.SyntacticError
+	if errors.Is(err, jsontext.ErrDuplicateName) && errors.As(err, &syntax) {
+		name, _, nested := strings.Cut(strings.TrimPrefix(string(syntax.JSONPointer), "/"), "/")
+		detail := "stands twice"
+		if nested {
+			detail = "has a member twice"
+		}
+		return &api.ProblemMember{Pointer: pointer(strings.NewReplacer("~1", "/", "~0", "~").Replace(name)), Detail: detail}
+	}
+	return &api.ProblemMember{Pointer: "#", Detail: "is not JSON"}
 }
 
 // parseUserID returns the user id, or why it is none.

@@ -182,7 +182,7 @@ func TestAStoppingServerLetsWaitersGoAndFinishesTheRest(t *testing.T) {
 	go send(placing)
 	api.eventually("the first send waits", func() bool {
 		var waits bool
-		err := api.pool.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)").Scan(&waits)
+		err := api.pool.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))").Scan(&waits)
 		return err == nil && waits
 	})
 	go send(waiting, "Prefer", "wait=10")
@@ -200,6 +200,21 @@ func TestAStoppingServerLetsWaitersGoAndFinishesTheRest(t *testing.T) {
 	(<-placing).placed(t)
 	<-stopped
 	api.expectRows(1)
+}
+
+func TestAConnectionWithoutARequestDoesNotHoldTheServerUp(t *testing.T) {
+	t.Parallel()
+	api := newAPI(t)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(api.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	api.do("GET", "/livez", nil, nil) // by now the other is accepted
+	api.stop()
+	if strings.Contains(api.log.String(), "too long") {
+		t.Errorf("the server waited for it: %s", api.log)
+	}
 }
 
 // serverLog returns the log that the API's own server writes to; that server must be idle.

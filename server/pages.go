@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"idempotent-orders/gen/api"
+	"idempotent-orders/gen/db"
 	"idempotent-orders/migrations"
 	"idempotent-orders/order"
 )
@@ -26,6 +27,10 @@ func (s *Server) GetReadiness(ctx context.Context, _ api.GetReadinessRequestObje
 	defer cancel()
 	if err := migrations.Check(asked, s.Pool); err != nil {
 		return nil, fmt.Errorf("%w: %w", order.ErrUnavailable, err)
+	}
+	standby, err := db.New(s.Pool).IsStandby(asked)
+	if err != nil || standby {
+		return nil, fmt.Errorf("%w: it is a standby: %t, %w", order.ErrUnavailable, standby, err)
 	}
 	ready := api.GetReadiness200JSONResponse{
 		Status: api.ReadinessStatusReady, Postgresql: api.ReadinessPostgresqlOk, Redis: api.ReadinessRedisOk,

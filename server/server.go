@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"path"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -42,8 +43,10 @@ const (
 	// may ask for, and placing.
 	writeTimeout   = 30 * time.Second
 	maxHeaderBytes = 16 << 10
-	// stopTimeout is what requests under way get when the server stops.
-	stopTimeout = 5 * time.Second
+	// stopTimeout is what requests under way get when the server stops, and greetTimeout what a connection gets that was
+	// opened before, to send one.
+	stopTimeout  = 4 * time.Second
+	greetTimeout = 500 * time.Millisecond
 )
 
 // Server serves the operations of openapi.yaml.
@@ -92,7 +95,11 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+
+		DisableGeneralOptionsHandler: true,
 	}
+	silent := &silentConns{conns: map[net.Conn]bool{}}
+	httpServer.ConnState = silent.note
 	served := make(chan error, 1)
 	go func() { served <- httpServer.Serve(listener) }()
 	select {
@@ -101,6 +108,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	case <-ctx.Done():
 	}
 	s.stop()
+	defer time.AfterFunc(greetTimeout, silent.close).Stop() // Shutdown would wait five seconds for each
 	deadline, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
 	if err := httpServer.Shutdown(deadline); err != nil {
@@ -108,6 +116,30 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		return httpServer.Close()
 	}
 	return nil
+}
+
+// silentConns are connections on which no request has begun.
+type silentConns struct {
+	mu    sync.Mutex
+	conns map[net.Conn]bool // guarded by mu
+}
+
+func (s *silentConns) note(conn net.Conn, state http.ConnState) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if state == http.StateNew {
+		s.conns[conn] = true
+	} else {
+		delete(s.conns, conn)
+	}
+}
+
+func (s *silentConns) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for conn := range s.conns {
+		_ = conn.Close()
+	}
 }
 
 type requestIDKey struct{}
@@ -132,8 +164,11 @@ func (s *Server) recovered(next http.Handler) http.Handler {
 		defer func() {
 			switch cause := recover(); {
 			case cause == nil:
-			case cause == http.ErrAbortHandler || answer.begun:
+			case cause == http.ErrAbortHandler:
 				panic(cause)
+			case answer.begun:
+				s.log.ErrorContext(r.Context(), "An answer was cut off", "request", requestID(r.Context()), "error", &panicked{cause})
+				panic(http.ErrAbortHandler)
 			default:
 				s.refuse(w, r, &panicked{cause})
 			}

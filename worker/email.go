@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -30,6 +31,10 @@ const (
 	receiveWait = time.Second
 	// concurrentSends bounds how many mails of a batch are sent at once.
 	concurrentSends = 16
+	// stepTimeout bounds one try at the inbox or the broker.
+	stepTimeout = 5 * time.Second
+	// batchTimeout bounds how long a consumer holds on to a batch while a store is away.
+	batchTimeout = time.Hour
 	// sendTimeout bounds one mail.
 	sendTimeout = 10 * time.Second
 )
@@ -100,13 +105,36 @@ func (c *Consumer) runOnce(ctx context.Context, wait time.Duration) (int, error)
 	if err != nil || len(deliveries) == 0 {
 		return 0, err
 	}
-	ctx, cancel := finishing(ctx)
+	ctx, cancel := finishing(ctx, batchTimeout)
 	defer cancel()
+	defer c.keep(ctx, deliveries)()
 	batch := c.read(ctx, deliveries)
 	if err := c.finish(ctx, &batch); err != nil {
 		return 0, err
 	}
 	return len(deliveries), nil
+}
+
+// keep holds the deliveries for this consumer, however long it takes, until the returned function is called.
+func (c *Consumer) keep(ctx context.Context, deliveries []broker.Delivery) (stop func()) {
+	tags := make([]string, len(deliveries))
+	for i, d := range deliveries {
+		tags[i] = d.Tag
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var keeping sync.WaitGroup
+	keeping.Go(func() {
+		for ticker := time.NewTicker(c.abandonedAfter / 4); ; {
+			select {
+			case <-ctx.Done():
+				ticker.Stop()
+				return
+			case <-ticker.C:
+				_ = c.subscription.Keep(ctx, tags) // who cannot reach the broker cannot acknowledge either
+			}
+		}
+	})
+	return func() { cancel(); keeping.Wait() }
 }
 
 // batch is what a consumer received at once.
@@ -153,10 +181,10 @@ func confirmation(d broker.Delivery) (Email, error) {
 }
 
 // finish enters the batch into the inbox, sends what is this consumer's to send, marks it and acknowledges it. A store
-// that is away is waited for: the batch is as safe here as with the broker, and sent mails should be marked.
+// that is away is waited for: the batch is kept for this consumer meanwhile, and sent mails should be marked.
 func (c *Consumer) finish(ctx context.Context, b *batch) error {
 	var mine []uuid.UUID
-	err := c.persist(ctx, "Entering the inbox", func() (err error) {
+	err := c.persist(ctx, "Entering the inbox", func(ctx context.Context) (err error) {
 		mine, err = c.enter(ctx, b)
 		return err
 	})
@@ -164,7 +192,7 @@ func (c *Consumer) finish(ctx context.Context, b *batch) error {
 		return err
 	}
 	sent := c.send(ctx, b, mine)
-	err = c.persist(ctx, "Marking mails sent", func() error {
+	err = c.persist(ctx, "Marking mails sent", func(ctx context.Context) error {
 		if len(sent) == 0 {
 			return nil
 		}
@@ -175,7 +203,7 @@ func (c *Consumer) finish(ctx context.Context, b *batch) error {
 	if err != nil {
 		return err
 	}
-	return c.persist(ctx, "Acknowledging events", func() error { return c.subscription.Ack(ctx, b.done) })
+	return c.persist(ctx, "Acknowledging events", func(ctx context.Context) error { return c.subscription.Ack(ctx, b.done) })
 }
 
 // finished notes that the events need nothing more.
@@ -241,11 +269,16 @@ func (c *Consumer) send(ctx context.Context, b *batch, events []uuid.UUID) []uui
 }
 
 // persist does a step until it succeeds or ctx is done.
-func (c *Consumer) persist(ctx context.Context, doing string, step func() error) error {
+func (c *Consumer) persist(ctx context.Context, doing string, step func(context.Context) error) error {
+	attempt := func() error {
+		ctx, cancel := context.WithTimeout(ctx, stepTimeout)
+		defer cancel()
+		return step(ctx)
+	}
 	failed := backoff{least: failedLeast, most: failedMost}
 	failing := trouble{log: c.log, doing: doing}
 	for {
-		err := step()
+		err := attempt()
 		failing.note(ctx, err)
 		if err == nil {
 			return nil

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strconv"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -13,6 +12,7 @@ import (
 
 	"idempotent-orders/broker"
 	"idempotent-orders/gen/db"
+	"idempotent-orders/internal/connect"
 )
 
 const (
@@ -25,6 +25,8 @@ const (
 	// stallTimeout is when PostgreSQL ends the transaction of a relay that does nothing. It is longer than publishing may
 	// take.
 	stallTimeout = 5 * time.Second
+	// relayTimeout bounds a whole round: a PostgreSQL that is silent shall be noticed, and said.
+	relayTimeout = 15 * time.Second
 	// An idle relay looks at the outbox again after idleLeast, then less and less often.
 	idleLeast, idleMost = 5 * time.Millisecond, 250 * time.Millisecond
 	// A relay that failed tries again after failedLeast, then less and less often.
@@ -38,11 +40,12 @@ type Relay struct {
 	log          *slog.Logger
 	nudged       chan struct{}
 	stallTimeout time.Duration
+	timeout      time.Duration
 }
 
 // NewRelay returns a relay from the outbox of a migrated database to publisher.
 func NewRelay(pool *pgxpool.Pool, publisher broker.Publisher, log *slog.Logger) *Relay {
-	return &Relay{pool: pool, publisher: publisher, log: log, nudged: make(chan struct{}, 1), stallTimeout: stallTimeout}
+	return &Relay{pool: pool, publisher: publisher, log: log, nudged: make(chan struct{}, 1), stallTimeout: stallTimeout, timeout: relayTimeout}
 }
 
 // Nudge tells the relay that there may be something in the outbox. It never blocks. A relay that is not nudged polls.
@@ -85,18 +88,16 @@ func (r *Relay) Drain(ctx context.Context) error {
 // runOnce takes the turn, claims a batch, publishes it and commits, and returns how many events it published; none when
 // another relay has the turn. After an error nothing happened, but events may have been published that will be again.
 func (r *Relay) runOnce(ctx context.Context) (int, error) {
-	ctx, cancel := finishing(ctx)
+	ctx, cancel := finishing(ctx, r.timeout)
 	defer cancel()
 	published := 0
-	err := pgx.BeginFunc(ctx, r.pool, func(tx pgx.Tx) error {
+	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout), func(tx pgx.Tx) error {
 		q := db.New(tx)
-		got, err := q.TakeTurn(ctx, db.TakeTurnParams{
-			Turn: turn, StallTimeout: strconv.FormatInt(r.stallTimeout.Milliseconds(), 10),
-		})
+		taken, err := q.TakeTurn(ctx, turn)
 		if err != nil {
 			return fmt.Errorf("take the turn: %w", err)
 		}
-		if !got.Taken {
+		if !taken {
 			return nil
 		}
 		rows, err := q.ClaimOutboxBatch(ctx, relayBatch)

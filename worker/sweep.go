@@ -14,6 +14,8 @@ const (
 	sweepEvery = time.Hour
 	// daysAhead is for how many days after today the archive has partitions.
 	daysAhead = 7
+	// sweepTimeout bounds one round.
+	sweepTimeout = 15 * time.Second
 )
 
 // Sweep keeps the archive of published events partitioned by day, ahead of time, until ctx is done. Any number may run.
@@ -21,7 +23,7 @@ func Sweep(ctx context.Context, pool *pgxpool.Pool, log *slog.Logger) {
 	sweeping := trouble{log: log, doing: "Creating outbox partitions"}
 	failed := backoff{least: time.Second, most: time.Minute}
 	for ctx.Err() == nil {
-		created, err := db.New(pool).CreateOutboxPartitions(ctx, daysAhead)
+		created, err := createPartitions(ctx, pool)
 		if ctx.Err() != nil {
 			return
 		}
@@ -39,4 +41,10 @@ func Sweep(ctx context.Context, pool *pgxpool.Pool, log *slog.Logger) {
 		case <-time.After(sweepEvery):
 		}
 	}
+}
+
+func createPartitions(ctx context.Context, pool *pgxpool.Pool) (int32, error) {
+	ctx, cancel := context.WithTimeout(ctx, sweepTimeout)
+	defer cancel()
+	return db.New(pool).CreateOutboxPartitions(ctx, daysAhead)
 }

@@ -25,11 +25,11 @@ import (
 )
 
 // grace is what a loop that is told to stop gets to finish what it holds.
-const grace = 3 * time.Second
+const grace = 2 * time.Second
 
-// finishing returns a context that outlives ctx by the grace, for work that should be finished once it was begun.
-func finishing(ctx context.Context) (context.Context, context.CancelFunc) {
-	longer, cancel := context.WithCancel(context.WithoutCancel(ctx))
+// finishing returns a context that outlives ctx by the grace, for work that should be finished once it was begun, in time.
+func finishing(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 	stop := context.AfterFunc(ctx, func() { time.AfterFunc(grace, cancel) })
 	return longer, func() { stop(); cancel() }
 }

@@ -461,6 +461,104 @@ func TestABatchThatIsPublishedTwiceIsMailedOnce(t *testing.T) {
 }
 
 // Two relays: one stalls in its turn, the other takes over when PostgreSQL ends the stalled one, which then wakes up.
+func TestARelayDoesNotWaitForEverForASilentPostgreSQL(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	orders := b.place(1)
+	silence, err := b.pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silence.Rollback(context.Background())
+	if _, err := silence.Exec(t.Context(), "LOCK TABLE outbox"); err != nil {
+		t.Fatal(err)
+	}
+	relay := b.relay(b.broker)
+	relay.timeout = 100 * time.Millisecond
+	if n, err := relay.runOnce(t.Context()); n != 0 || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("published %d, %v; want the deadline", n, err)
+	}
+	if err := silence.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	relay.timeout = time.Minute
+	b.mustRun(relay, 1)
+	if got := b.published(); !slices.Equal(got, orders) {
+		t.Errorf("published %v; want %v", got, orders)
+	}
+}
+
+func TestMakingAPartitionDoesNotStandInTheWayOfPublishing(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	if _, err := b.pool.Exec(t.Context(), "DROP TABLE outbox_published_"+time.Now().UTC().AddDate(0, 0, 3).Format("20060102")); err != nil {
+		t.Fatal(err)
+	}
+	reader, err := b.pool.Begin(t.Context()) // an audit, or a dump
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Rollback(context.Background())
+	if _, err := reader.Exec(t.Context(), "SELECT count(*) FROM outbox_published"); err != nil {
+		t.Fatal(err)
+	}
+	made := make(chan error, 1)
+	go func() { _, err := createPartitions(t.Context(), b.pool); made <- err }()
+	b.eventually("making the partition waits for the reader", func() bool {
+		return b.count("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'outbox_published_default'::regclass") == 1
+	})
+	if n := b.count("SELECT count(*) FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND relation = 'outbox_published'::regclass"); n != 0 {
+		t.Error("it has the archive as a whole locked, and publishing waits behind it")
+	}
+	b.place(2)
+	b.mustRun(b.relay(b.broker), 2)
+	if err := <-made; err == nil || !strings.Contains(err.Error(), "lock timeout") {
+		t.Errorf("it waited for the reader: %v", err)
+	}
+	if err := reader.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if created, err := createPartitions(t.Context(), b.pool); err != nil || created != 1 {
+		t.Errorf("afterwards it made %d, %v; want 1", created, err)
+	}
+}
+
+// PostgreSQL is away between a mail and its mark, for many times as long as after what a delivery counts as abandoned.
+func TestAMailThatCannotBeMarkedYetIsNotSentByAnother(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	orders := b.place(5)
+	b.mustRun(b.relay(b.broker), 5)
+	away, err := b.pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer away.Rollback(context.Background())
+	var once sync.Once
+	silenced := make(chan struct{})
+	b.start(b.consumer("first", sender(func(ctx context.Context, mail Email) error {
+		once.Do(func() {
+			if _, err := away.Exec(ctx, "LOCK TABLE inbox"); err != nil {
+				t.Error(err)
+			}
+			close(silenced)
+		})
+		return b.mails.Send(ctx, mail)
+	})).Run)
+	<-silenced
+	b.start(b.consumer("second", b.mails).Run)
+	since := time.Now()
+	b.eventually("a long time has passed", func() bool { return time.Since(since) > time.Second })
+	if err := away.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.eventually("every delivery is acknowledged", func() bool {
+		p, err := b.redis.XPending(t.Context(), broker.Stream, EmailConsumer).Result()
+		return err == nil && p.Count == 0
+	})
+	b.settled(orders)
+}
+
 func TestARelayThatStallsInItsTurnLosesAndSkipsNothing(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)

@@ -16,9 +16,8 @@ const claimOutboxBatch = `-- name: ClaimOutboxBatch :many
 WITH claimed AS MATERIALIZED (
     SELECT o.id FROM outbox o ORDER BY o.id LIMIT $1 FOR UPDATE SKIP LOCKED
 ), moved AS (
-    DELETE FROM outbox USING claimed WHERE outbox.id = claimed.id
-    RETURNING outbox.id, outbox.event_id, outbox.aggregate_id, outbox.event_type, outbox.source, outbox.payload,
-              outbox.traceparent, outbox.created_at
+    DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT claimed.id FROM claimed))
+    RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
 ), archived AS (
     INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at)
     SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved
@@ -38,7 +37,8 @@ type ClaimOutboxBatchRow struct {
 }
 
 // Moves the next events, in the order of id, from the outbox to the archive, and returns them. The claim is
-// materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more.
+// materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more. The rows are deleted by an
+// array of ids: a join, once it was planned for an empty outbox, would scan a full one.
 func (q *Queries) ClaimOutboxBatch(ctx context.Context, batchSize int32) ([]ClaimOutboxBatchRow, error) {
 	rows, err := q.db.Query(ctx, claimOutboxBatch, batchSize)
 	if err != nil {
@@ -108,24 +108,13 @@ func (q *Queries) InsertOutboxEvents(ctx context.Context, arg InsertOutboxEvents
 }
 
 const takeTurn = `-- name: TakeTurn :one
-SELECT set_config('idle_in_transaction_session_timeout', $1::text, true)::text AS stall_timeout,
-       pg_try_advisory_xact_lock($2::bigint) AS taken
+SELECT pg_try_advisory_xact_lock($1::bigint)
 `
 
-type TakeTurnParams struct {
-	StallTimeout string
-	Turn         int64
-}
-
-type TakeTurnRow struct {
-	StallTimeout string
-	Taken        bool
-}
-
-// The turn ends with the transaction, also when PostgreSQL ends it because the holder left it idle for stall_timeout.
-func (q *Queries) TakeTurn(ctx context.Context, arg TakeTurnParams) (TakeTurnRow, error) {
-	row := q.db.QueryRow(ctx, takeTurn, arg.StallTimeout, arg.Turn)
-	var i TakeTurnRow
-	err := row.Scan(&i.StallTimeout, &i.Taken)
-	return i, err
+// The turn ends with the transaction.
+func (q *Queries) TakeTurn(ctx context.Context, turn int64) (bool, error) {
+	row := q.db.QueryRow(ctx, takeTurn, turn)
+	var pg_try_advisory_xact_lock bool
+	err := row.Scan(&pg_try_advisory_xact_lock)
+	return pg_try_advisory_xact_lock, err
 }

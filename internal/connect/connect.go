@@ -3,11 +3,13 @@ package connect
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/maintnotifications"
@@ -16,6 +18,9 @@ import (
 const (
 	// patience bounds the first contact with a store.
 	patience = 5 * time.Second
+	// connectTimeout bounds each try to connect to PostgreSQL, unless the url says otherwise. It is short enough for a
+	// request to try a second address.
+	connectTimeout = 2 * time.Second
 	// maxConns is how many connections a process may hold, unless the url says otherwise. Sends that wait for another's
 	// commit hold one each; pgx's own default, four on a small machine, is soon used up.
 	maxConns = 16
@@ -31,19 +36,46 @@ func PostgreSQL(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	if !strings.Contains(url, "pool_max_conns") {
 		cfg.MaxConns = maxConns
 	}
+	switch cfg.ConnConfig.DefaultQueryExecMode {
+	case pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol:
+		return nil, errors.New("default_query_exec_mode cannot be exec or simple_protocol, which have no arrays; use cache_describe behind a pooler")
+	}
 	cfg.ConnConfig.RuntimeParams["application_name"] = "idempotent-orders"
-	cfg.ConnConfig.ConnectTimeout = patience
+	cfg.ConnConfig.RuntimeParams["client_encoding"] = "UTF8"
+	if !strings.Contains(url, "connect_timeout") {
+		cfg.ConnConfig.ConnectTimeout = connectTimeout
+	}
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open the database: %w", err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if err := pool.Ping(ctx); err != nil {
+	if err := checkEncoding(ctx, pool); err != nil {
 		pool.Close()
 		return nil, fmt.Errorf("reach the database: %w", err)
 	}
 	return pool, nil
+}
+
+// checkEncoding refuses a database that cannot store, or cannot count, every character a request may have.
+func checkEncoding(ctx context.Context, pool *pgxpool.Pool) error {
+	conn, err := pool.Acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Release()
+	if encoding := conn.Conn().PgConn().ParameterStatus("server_encoding"); encoding != "UTF8" {
+		return fmt.Errorf("it is encoded in %s; make it with ENCODING 'UTF8' TEMPLATE template0", encoding)
+	}
+	return nil
+}
+
+// Tx returns how transactions that write begin: whatever the database's defaults are, and with an end should this process
+// leave one idle for as long as stall, because it stopped or its line was cut. Until then others may wait for its locks.
+func Tx(stall time.Duration) pgx.TxOptions {
+	return pgx.TxOptions{BeginQuery: fmt.Sprintf(
+		"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL idle_in_transaction_session_timeout = %d", stall.Milliseconds())}
 }
 
 // Redis returns a client for the server at addrs, or for a Redis Cluster when there are several. It does not connect yet.
@@ -54,6 +86,8 @@ func Redis(addrs []string, password string) redis.UniversalClient {
 		ContextTimeoutEnabled: true, // else a deadline in the context does nothing
 		MaxRetries:            -1,   // the callers know what a lost reply means to them
 		DialTimeout:           time.Second,
+		ReadTimeout:           2 * time.Second,
+		WriteTimeout:          2 * time.Second,
 		DialerRetries:         1,
 		PoolSize:              64,
 		DisableIdentity:       true,

@@ -8,10 +8,13 @@ import (
 	"net/url"
 	"path/filepath"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/redis/go-redis/v9"
 
 	"idempotent-orders/internal/connect"
 )
@@ -19,8 +22,12 @@ import (
 // findRedisServer is what tests replace to be on a machine without one.
 var findRedisServer = FindRedisServer
 
-// probeTimeout bounds the look whether a server at a default address can be used.
-const probeTimeout = 2 * time.Second
+const (
+	// probeTimeout bounds one look whether a server at a default address can be used.
+	probeTimeout = 5 * time.Second
+	// probePatience is how long a server that is starting is waited for.
+	probePatience = 30 * time.Second
+)
 
 // Wanted says which servers a program asks for.
 type Wanted struct {
@@ -61,12 +68,14 @@ func Choose(ctx context.Context, w Wanted) (*Servers, error) {
 	return s, nil
 }
 
-// Stop stops what Choose started, the last first.
+// Stop stops what Choose started, all at once: one that hangs takes no time from the others.
 func (s *Servers) Stop(ctx context.Context) error {
-	var errs []error
-	for i := len(s.stops) - 1; i >= 0; i-- {
-		errs = append(errs, s.stops[i](ctx))
+	errs := make([]error, len(s.stops))
+	var stops sync.WaitGroup
+	for i, stop := range s.stops {
+		stops.Go(func() { errs[i] = stop(ctx) })
 	}
+	stops.Wait()
 	s.stops = nil
 	return errors.Join(errs...)
 }
@@ -76,13 +85,16 @@ func (s *Servers) choosePostgreSQL(ctx context.Context, w Wanted) error {
 	if w.DatabaseSet {
 		return nil
 	}
-	err := ensureDatabase(ctx, w.DatabaseURL)
-	if err == nil {
+	absent, err := probe(ctx, w.Log, func(ctx context.Context) error { return ensureDatabase(ctx, w.DatabaseURL) })
+	if err != nil {
+		return fmt.Errorf("the PostgreSQL at the default address %s is there, but does not answer as it should; set DB_HOST or DATABASE_URL to use another: %w", hostOf(w.DatabaseURL), err)
+	}
+	if absent == nil {
 		w.Log.InfoContext(ctx, "Using the PostgreSQL at the default address; set DB_HOST or DATABASE_URL to use another", "address", hostOf(w.DatabaseURL))
 		return nil
 	}
 	w.Log.InfoContext(ctx, "No usable PostgreSQL at the default address; starting one. Set DB_HOST or DATABASE_URL to use another",
-		"address", hostOf(w.DatabaseURL), "reason", reason(err))
+		"address", hostOf(w.DatabaseURL), "reason", reason(absent))
 	server, err := StartPostgreSQL(ctx, PostgreSQLOptions{Dir: filepath.Join(w.Folder, "postgresql"), Log: w.Log})
 	if err != nil {
 		return err
@@ -97,13 +109,16 @@ func (s *Servers) chooseRedis(ctx context.Context, w Wanted) error {
 	if w.RedisSet {
 		return nil
 	}
-	err := pingRedis(ctx, w.RedisAddrs)
-	if err == nil {
+	absent, err := probe(ctx, w.Log, func(ctx context.Context) error { return pingRedis(ctx, w.RedisAddrs) })
+	if err != nil {
+		return fmt.Errorf("the Redis at the default address %s is there, but does not answer as it should; set REDIS_ADDR to use another: %w", strings.Join(w.RedisAddrs, ","), err)
+	}
+	if absent == nil {
 		w.Log.InfoContext(ctx, "Using the Redis at the default address; set REDIS_ADDR to use another", "address", strings.Join(w.RedisAddrs, ","))
 		return nil
 	}
 	w.Log.InfoContext(ctx, "No usable Redis at the default address; starting one. Set REDIS_ADDR to use another",
-		"address", strings.Join(w.RedisAddrs, ","), "reason", reason(err))
+		"address", strings.Join(w.RedisAddrs, ","), "reason", reason(absent))
 	if _, err := findRedisServer(); err != nil {
 		return s.inProcessRedis(ctx, w, err)
 	}
@@ -130,10 +145,51 @@ func (s *Servers) inProcessRedis(ctx context.Context, w Wanted, missing error) e
 	return nil
 }
 
-// ensureDatabase makes the database at databaseURL if its server has none of that name.
-func ensureDatabase(ctx context.Context, databaseURL string) error {
+// probe asks a server at a default address whether it can be used. It can, when both results are nil. It cannot, when
+// nobody is there or other credentials are wanted: absent says which. A server that is starting or full is waited for; and
+// what happens else is an error, because to start an empty server in the place of one that has the orders would be worse.
+func probe(ctx context.Context, log *slog.Logger, ask func(context.Context) error) (absent, err error) {
+	defer sayLater(log, "Waiting for the server at the default address, which is starting or busy")()
+	for deadline := time.Now().Add(probePatience); ; {
+		err = attempt(ctx, ask)
+		switch {
+		case err == nil:
+			return nil, nil
+		case notOurs(err):
+			return err, nil
+		case !notYet(err) || time.Now().After(deadline):
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(pollInterval):
+		}
+	}
+}
+
+func attempt(ctx context.Context, ask func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
+	return ask(ctx)
+}
+
+// notOurs tells whether nobody listens, or who does wants other credentials.
+func notOurs(err error) bool {
+	var refused *pgconn.PgError
+	return errors.Is(err, syscall.ECONNREFUSED) ||
+		errors.As(err, &refused) && strings.HasPrefix(refused.Code, "28") || // invalid authorization
+		redis.HasErrorPrefix(err, "NOAUTH") || redis.HasErrorPrefix(err, "WRONGPASS") || redis.HasErrorPrefix(err, "NOPERM")
+}
+
+// notYet tells whether a server may soon be usable: it is starting, loading its data, or has no connection left.
+func notYet(err error) bool {
+	var refused *pgconn.PgError
+	return errors.As(err, &refused) && (refused.Code == "57P03" || refused.Code == "53300") || redis.HasErrorPrefix(err, "LOADING")
+}
+
+// ensureDatabase makes the database at databaseURL if its server has none of that name.
+func ensureDatabase(ctx context.Context, databaseURL string) error {
 	maintenance, err := url.Parse(databaseURL)
 	if err != nil {
 		return err
@@ -152,7 +208,7 @@ func ensureDatabase(ctx context.Context, databaseURL string) error {
 	if exists {
 		return nil
 	}
-	_, err = conn.Exec(ctx, "CREATE DATABASE "+pgx.Identifier{name}.Sanitize())
+	_, err = conn.Exec(ctx, "CREATE DATABASE "+pgx.Identifier{name}.Sanitize()+" TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C'")
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) && (pgErr.Code == "42P04" || pgErr.Code == "23505") { // another program made it first
 		return nil
@@ -164,8 +220,6 @@ func ensureDatabase(ctx context.Context, databaseURL string) error {
 }
 
 func pingRedis(ctx context.Context, addrs []string) error {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
-	defer cancel()
 	client := connect.Redis(addrs, "")
 	defer client.Close()
 	return client.Ping(ctx).Err()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"os"
 	"strings"
 	"testing"
@@ -91,6 +92,51 @@ func TestServersAtTheDefaultAddressesAreUsedIfTheDefaultCredentialsOpenThem(t *t
 	opened := redis.NewClient(&redis.Options{Addr: theirRedis.Addr(), Password: "theirs"})
 	must(t, opened.ConfigSet(t.Context(), "requirepass", "").Err()) // or it cannot be stopped
 	must(t, errors.Join(closed.Close(), opened.Close()))
+}
+
+// An empty server in the place of one that has the orders would be worse than none.
+func TestAServerThatIsFullIsWaitedForAndNotReplaced(t *testing.T) {
+	theirs, err := StartPostgreSQL(t.Context(), PostgreSQLOptions{Dir: newFolder(t), Settings: map[string]string{
+		"fsync": "off", "max_connections": "3", "superuser_reserved_connections": "0", "max_wal_senders": "0",
+	}})
+	must(t, err)
+	t.Cleanup(func() { stopped(t, theirs) })
+	var held []*pgx.Conn
+	for range 3 {
+		conn, err := pgx.Connect(t.Context(), theirs.URL("postgres"))
+		must(t, err)
+		held = append(held, conn)
+	}
+	w := wanted(t)
+	w.DatabaseURL, w.RedisSet = theirs.URL("outbox_db"), true
+	asked := make(chan struct{}, 1000)
+	w.Log = slog.New(hook(func(slog.Record) { asked <- struct{}{} }))
+	go func() {
+		<-asked // it says after a while that it waits
+		for _, conn := range held {
+			_ = conn.Close(context.Background())
+		}
+	}()
+	if s := chosen(t, w); s.DatabaseURL != w.DatabaseURL {
+		t.Errorf("uses %s", s.DatabaseURL)
+	}
+}
+
+func TestAServerThatDoesNotAnswerIsAnErrorAndNotReplaced(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer silent.Close()
+	w := wanted(t)
+	w.DatabaseURL, w.RedisSet = "postgres://postgres:postgres@"+silent.Addr().String()+"/outbox_db", true
+	_, err = Choose(t.Context(), w)
+	if err == nil || !strings.Contains(err.Error(), "DB_HOST") || !strings.Contains(err.Error(), silent.Addr().String()) {
+		t.Errorf("PostgreSQL: %v", err)
+	}
+	w.DatabaseSet, w.RedisSet, w.RedisAddrs = true, false, []string{silent.Addr().String()}
+	_, err = Choose(t.Context(), w)
+	if err == nil || !strings.Contains(err.Error(), "REDIS_ADDR") || !strings.Contains(err.Error(), silent.Addr().String()) {
+		t.Errorf("Redis: %v", err)
+	}
 }
 
 func TestWhatIsSetIsUsedAsItIs(t *testing.T) {

@@ -118,6 +118,9 @@ type RedisServer struct {
 // Addr is where the server is; it stays the same when it is started again.
 func (s *RedisServer) Addr() string { return s.server.Addr() }
 
+// Pid is the server's process id.
+func (s *RedisServer) Pid() int { return s.server.Pid() }
+
 // Start starts the server, the first time or after Kill, with the data it has on disk.
 func (s *RedisServer) Start() {
 	s.t.Helper()
@@ -194,7 +197,7 @@ func migrateTemplate(ctx context.Context) error {
 	if _, err := conn.Exec(ctx, "CREATE DATABASE "+template); err != nil {
 		return err
 	}
-	m, err := migrations.Open(postgres.server.URL(template))
+	m, err := migrations.Open(postgres.server.URL(template), slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
