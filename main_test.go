@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -284,15 +285,14 @@ func TestSIGTERMWhileStartingEndsWell(t *testing.T) {
 // Silent servers, not dead ones: every connection stays open, and nothing comes back.
 func TestSIGTERMEndsWellInTimeThoughTheStoresAreSilent(t *testing.T) {
 	t.Parallel()
-	database := testenv.DatabaseURL(t)
-	_, redisServer := testenv.Redis(t)
-	p := start(t, []string{"PORT=0", "XDG_DATA_HOME=" + testenv.Dir(t), "DATABASE_URL=" + database, "REDIS_ADDR=" + redisServer.Addr()}).serving()
+	env := []string{"PORT=0", "XDG_DATA_HOME=" + testenv.Dir(t)}
+	p := start(t, env).serving()
 	placed, _ := p.mustPlace("k")
 	p.waitFor(mailFor(placed))
-
-	var pids []int
-	rows, err := testenv.Pool(t, database).Query(t.Context(),
-		"SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+	database := p.waitFor(regexp.MustCompile(`Starting PostgreSQL" .*port=(\d+) pid=(\d+)`))
+	pids := []int{number(t, database[2]), number(t, p.waitFor(regexp.MustCompile(`Starting Redis" .*pid=(\d+)`))[1])}
+	rows, err := testenv.Pool(t, "postgres://postgres:postgres@127.0.0.1:"+database[1]+"/postgres").
+		Query(t.Context(), "SELECT pid FROM pg_stat_activity WHERE datname = 'outbox_db'")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -303,7 +303,6 @@ func TestSIGTERMEndsWellInTimeThoughTheStoresAreSilent(t *testing.T) {
 		}
 		pids = append(pids, pid)
 	}
-	pids = append(pids, redisServer.Pid())
 	for _, pid := range pids {
 		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 			t.Fatal(err)
@@ -313,9 +312,19 @@ func TestSIGTERMEndsWellInTimeThoughTheStoresAreSilent(t *testing.T) {
 		for _, pid := range pids {
 			_ = syscall.Kill(pid, syscall.SIGCONT)
 		}
+		start(t, env).serving().terminate() // finds the servers, and stops them
 	}()
 	go p.place("another") // under way, and never answered
 	p.terminate()
+}
+
+func number(t *testing.T, s string) int {
+	t.Helper()
+	n, err := strconv.Atoi(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 func TestThePartsRunInProcessesOfTheirOwn(t *testing.T) {

@@ -549,6 +549,10 @@ func TestAMailThatCannotBeMarkedYetIsNotSentByAnother(t *testing.T) {
 	b.start(b.consumer("second", b.mails).Run)
 	since := time.Now()
 	b.eventually("a long time has passed", func() bool { return time.Since(since) > time.Second })
+	held, err := b.redis.XPendingExt(t.Context(), &redis.XPendingExtArgs{Stream: broker.Stream, Group: EmailConsumer, Start: "-", End: "+", Count: 10}).Result()
+	if err != nil || len(held) != 5 || slices.ContainsFunc(held, func(p redis.XPendingExt) bool { return p.Consumer != "first" }) {
+		t.Errorf("another took over what the first is working on: %v, %v", held, err)
+	}
 	if err := away.Rollback(t.Context()); err != nil {
 		t.Fatal(err)
 	}
