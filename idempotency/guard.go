@@ -21,6 +21,8 @@ import (
 	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
 	"github.com/sony/gobreaker/v2"
+
+	"idempotent-orders/internal/gather"
 )
 
 // What can stand between a send and its answer.
@@ -55,12 +57,15 @@ type Guard struct {
 	redis     redis.UniversalClient
 	retention time.Duration // how long the mark of a committed send stands
 	breaker   *gobreaker.CircuitBreaker[[]*redis.Cmd]
+	calls     *gather.Gatherer[call, reply]
 }
 
 // NewGuard returns a guard that reserves in rdb and remembers committed keys there for retention. It logs when it begins
 // and ends to do without Redis.
 func NewGuard(rdb redis.UniversalClient, retention time.Duration, log *slog.Logger) *Guard {
-	return &Guard{redis: rdb, retention: retention, breaker: gobreaker.NewCircuitBreaker[[]*redis.Cmd](gobreaker.Settings{
+	g := &Guard{redis: rdb, retention: retention}
+	g.calls = gather.New(calling, g.exchange)
+	g.breaker = gobreaker.NewCircuitBreaker[[]*redis.Cmd](gobreaker.Settings{
 		Name:        "redis",
 		Timeout:     breakerOpens,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakerTrips },
@@ -77,17 +82,18 @@ func NewGuard(rdb redis.UniversalClient, retention time.Duration, log *slog.Logg
 				log.Info("Redis answers again")
 			}
 		},
-	})}
+	})
+	return g
 }
 
 // Send is one send of a key: how to look up what was committed under it, and how to place it.
 type Send[T any] struct {
 	Key Key
 	// Find returns what is committed under the key, or ErrNotCommitted, or ErrMismatch.
-	Find func(context.Context) (T, error)
+	Find func() (T, error)
 	// Place commits the send, or returns what another send committed, or an error. An error that wraps
 	// ErrOutcomeUnknown leaves the reservation standing; any other but ErrMismatch means that nothing was committed.
-	Place func(context.Context) (T, error)
+	Place func() (T, error)
 }
 
 // Once answers one send of a key: by placing it, or with what was committed before. When another send is under way it
@@ -96,19 +102,19 @@ type Send[T any] struct {
 func Once[T any](ctx, patience context.Context, g *Guard, send Send[T]) (T, error) {
 	for look := firstLook; ; look = min(2*look, lastLook) {
 		token := uuid.NewString()
-		switch g.reserve(ctx, send.Key, token) {
+		switch g.reserve(send.Key, token) {
 		case reserved:
-			return placeReserved(ctx, g, send, token)
+			return placeReserved(g, send, token)
 		case unknown:
-			return send.Place(ctx)
+			return send.Place()
 		case completed:
-			found, err := send.Find(ctx)
+			found, err := send.Find()
 			if errors.Is(err, ErrNotCommitted) { // Redis remembers what PostgreSQL does not know
-				return send.Place(ctx)
+				return send.Place()
 			}
 			return found, err
 		case inProgress:
-			found, err := send.Find(ctx) // it may be committed and not completed yet
+			found, err := send.Find() // it may be committed and not completed yet
 			if !errors.Is(err, ErrNotCommitted) {
 				return found, err
 			}
@@ -124,15 +130,14 @@ func Once[T any](ctx, patience context.Context, g *Guard, send Send[T]) (T, erro
 }
 
 // placeReserved places a send whose key it holds, and tells Redis how that ended.
-func placeReserved[T any](ctx context.Context, g *Guard, send Send[T], token string) (T, error) {
-	placed, err := send.Place(ctx)
-	ctx = context.WithoutCancel(ctx) // the outcome is worth telling also when the caller has left
+func placeReserved[T any](g *Guard, send Send[T], token string) (T, error) {
+	placed, err := send.Place()
 	switch {
 	case err == nil, errors.Is(err, ErrMismatch):
-		g.complete(ctx, send.Key, token)
+		g.complete(send.Key, token)
 	case errors.Is(err, ErrOutcomeUnknown):
 	default:
-		g.release(ctx, send.Key, token)
+		g.release(send.Key, token)
 	}
 	return placed, err
 }

@@ -28,23 +28,23 @@ func newGuard(t *testing.T, rdb redis.UniversalClient) *Guard {
 func TestAKeyIsReservedByOneHolderUntilItLetsGo(t *testing.T) {
 	t.Parallel()
 	rdb, _ := testenv.Redis(t)
-	g, ctx := newGuard(t, rdb), t.Context()
+	g := newGuard(t, rdb)
 
-	expect(t, "the first holder", g.reserve(ctx, testKey, "one"), reserved)
-	expect(t, "another holder", g.reserve(ctx, testKey, "two"), inProgress)
-	expect(t, "the first again, as when its reply was lost", g.reserve(ctx, testKey, "one"), reserved)
+	expect(t, "the first holder", g.reserve(testKey, "one"), reserved)
+	expect(t, "another holder", g.reserve(testKey, "two"), inProgress)
+	expect(t, "the first again, as when its reply was lost", g.reserve(testKey, "one"), reserved)
 
-	g.release(ctx, testKey, "two")
-	expect(t, "after a release by who has it not", g.reserve(ctx, testKey, "two"), inProgress)
-	g.complete(ctx, testKey, "two")
-	expect(t, "after a complete by who has it not", g.reserve(ctx, testKey, "two"), inProgress)
+	g.release(testKey, "two")
+	expect(t, "after a release by who has it not", g.reserve(testKey, "two"), inProgress)
+	g.complete(testKey, "two")
+	expect(t, "after a complete by who has it not", g.reserve(testKey, "two"), inProgress)
 
-	g.release(ctx, testKey, "one")
-	expect(t, "after the holder's release", g.reserve(ctx, testKey, "two"), reserved)
-	g.complete(ctx, testKey, "two")
-	expect(t, "after the holder's complete", g.reserve(ctx, testKey, "three"), completed)
-	g.release(ctx, testKey, "two")
-	expect(t, "after a late release", g.reserve(ctx, testKey, "three"), completed)
+	g.release(testKey, "one")
+	expect(t, "after the holder's release", g.reserve(testKey, "two"), reserved)
+	g.complete(testKey, "two")
+	expect(t, "after the holder's complete", g.reserve(testKey, "three"), completed)
+	g.release(testKey, "two")
+	expect(t, "after a late release", g.reserve(testKey, "three"), completed)
 }
 
 func TestReservationsAndMarksHaveClocksOfTheirOwn(t *testing.T) {
@@ -52,11 +52,11 @@ func TestReservationsAndMarksHaveClocksOfTheirOwn(t *testing.T) {
 	rdb, _ := testenv.Redis(t)
 	g, ctx := newGuard(t, rdb), t.Context()
 
-	g.reserve(ctx, testKey, "one")
+	g.reserve(testKey, "one")
 	if left := rdb.PTTL(ctx, place(testKey)).Val(); left <= 0 || left > reservationLasts {
 		t.Errorf("the reservation lasts %s; want at most %s", left, reservationLasts)
 	}
-	g.complete(ctx, testKey, "one")
+	g.complete(testKey, "one")
 	if left := rdb.PTTL(ctx, place(testKey)).Val(); left <= reservationLasts || left > time.Hour {
 		t.Errorf("the mark lasts %s; want the retention of an hour", left)
 	}
@@ -68,7 +68,7 @@ func TestAReservationWithoutAnEndIsGivenOne(t *testing.T) {
 	g, ctx := newGuard(t, rdb), t.Context()
 	for _, expiry := range []time.Duration{0, 100 * time.Hour} {
 		rdb.Set(ctx, place(testKey), "held:nobody", expiry)
-		expect(t, "a reservation of nobody", g.reserve(ctx, testKey, "one"), inProgress)
+		expect(t, "a reservation of nobody", g.reserve(testKey, "one"), inProgress)
 		if left := rdb.PTTL(ctx, place(testKey)).Val(); left <= 0 || left > reservationLasts {
 			t.Errorf("it lasts another %s; want at most %s", left, reservationLasts)
 		}
@@ -80,14 +80,14 @@ func TestWhatIsNotAReservationKeepsNobodyOut(t *testing.T) {
 	rdb, _ := testenv.Redis(t)
 	g, ctx := newGuard(t, rdb), t.Context()
 	rdb.Set(ctx, place(testKey), "garbage", 0)
-	expect(t, "over garbage", g.reserve(ctx, testKey, "one"), reserved)
+	expect(t, "over garbage", g.reserve(testKey, "one"), reserved)
 	rdb.Del(ctx, place(testKey))
 	rdb.LPush(ctx, place(testKey), "a list")
 	for range 2 * breakerTrips {
-		expect(t, "over a list", g.reserve(ctx, testKey, "one"), unknown)
+		expect(t, "over a list", g.reserve(testKey, "one"), unknown)
 	}
 	other := Key{Caller: "anonymous", Operation: "PlaceOrder", Value: "other"}
-	expect(t, "another key: an error reply is a sign of life", g.reserve(ctx, other, "one"), reserved)
+	expect(t, "another key: an error reply is a sign of life", g.reserve(other, "one"), reserved)
 }
 
 func TestLostScriptsAreSentAgain(t *testing.T) {
@@ -98,9 +98,9 @@ func TestLostScriptsAreSentAgain(t *testing.T) {
 		if err := rdb.ScriptFlush(ctx).Err(); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, "reserving after SCRIPT FLUSH", g.reserve(ctx, testKey, fmt.Sprint(i)), reserved)
+		expect(t, "reserving after SCRIPT FLUSH", g.reserve(testKey, fmt.Sprint(i)), reserved)
 		rdb.ScriptFlush(ctx)
-		g.release(ctx, testKey, fmt.Sprint(i))
+		g.release(testKey, fmt.Sprint(i))
 	}
 }
 
@@ -109,15 +109,17 @@ func TestABatchIsReservedInOneGo(t *testing.T) {
 	rdb, _ := testenv.Redis(t)
 	g, ctx := newGuard(t, rdb), t.Context()
 	held := Key{Caller: "anonymous", Operation: "PlaceOrder", Value: "held"}
-	g.reserve(ctx, held, "another")
-	cmds, err := g.run(ctx, lua.Reserve, []call{
-		{testKey, []any{"one", 1000}}, {held, []any{"one", 1000}}, {testKey, []any{"one", 1000}},
-	})
-	if err != nil {
-		t.Fatal(err)
+	g.reserve(held, "another")
+	rdb.LPush(ctx, place(Key{Value: "list"}), "a list")
+	calls := make([]call, 0, 4)
+	for _, key := range []Key{testKey, held, {Value: "list"}, testKey} {
+		calls = append(calls, call{lua.Reserve, key, []any{"one", 1000}})
 	}
-	for i, want := range []state{reserved, inProgress, reserved} {
-		expect(t, fmt.Sprintf("call %d", i), state(cmds[i].Val().(string)), want)
+	replies := g.exchange(calls)
+	for i, want := range []state{reserved, inProgress, "", reserved} {
+		if expect(t, fmt.Sprintf("call %d", i), state(replies[i].text), want); (replies[i].err != nil) != (want == "") {
+			t.Errorf("call %d got error %v", i, replies[i].err)
+		}
 	}
 }
 
@@ -141,8 +143,8 @@ func TestWithoutRedisEverythingGoesStraightToPlace(t *testing.T) {
 	for range 100 {
 		got, err := Once(t.Context(), done(t), g, Send[string]{
 			Key:   testKey,
-			Find:  func(context.Context) (string, error) { t.Error("looked up"); return "", nil },
-			Place: func(context.Context) (string, error) { return "placed", nil },
+			Find:  func() (string, error) { t.Error("looked up"); return "", nil },
+			Place: func() (string, error) { return "placed", nil },
 		})
 		if got != "placed" || err != nil {
 			t.Fatal(got, err)
@@ -153,17 +155,17 @@ func TestWithoutRedisEverythingGoesStraightToPlace(t *testing.T) {
 func TestTheBreakerOpensAndClosesAgain(t *testing.T) {
 	t.Parallel()
 	rdb, server := testenv.Redis(t)
-	g, ctx := newGuard(t, rdb), t.Context()
+	g := newGuard(t, rdb)
 	server.Kill()
 	for range 2 * breakerTrips {
-		expect(t, "without Redis", g.reserve(ctx, testKey, "one"), unknown)
+		expect(t, "without Redis", g.reserve(testKey, "one"), unknown)
 	}
 	if g.breaker.State().String() != "open" {
 		t.Fatalf("the breaker is %s after %d failures", g.breaker.State(), 2*breakerTrips)
 	}
 	server.Start()
 	deadline := time.Now().Add(20 * time.Second)
-	for g.reserve(ctx, testKey, "one") != reserved {
+	for g.reserve(testKey, "one") != reserved {
 		if time.Now().After(deadline) {
 			t.Fatal("the breaker stays open though Redis is back")
 		}
@@ -204,8 +206,8 @@ func TestOnceTellsWhatPostgreSQLDecides(t *testing.T) {
 			}
 			got, err := Once(ctx, done(t), newGuard(t, rdb), Send[string]{
 				Key:   testKey,
-				Find:  func(context.Context) (string, error) { return "found", test.find },
-				Place: func(context.Context) (string, error) { return "placed", test.place },
+				Find:  func() (string, error) { return "found", test.find },
+				Place: func() (string, error) { return "placed", test.place },
 			})
 			if !errors.Is(err, test.err) || err == nil && got != test.want {
 				t.Errorf("got %q, %v; want %q, %v", got, err, test.want, test.err)
@@ -227,14 +229,14 @@ func TestAPatientSendGetsTheOthersAnswer(t *testing.T) {
 	g := newGuard(t, rdb)
 	patience, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	g.reserve(t.Context(), testKey, "other")
+	g.reserve(testKey, "other")
 	looked := make(chan struct{}, 100)
 	answer := make(chan string)
 	go func() {
 		committed := false
 		got, err := Once(t.Context(), patience, g, Send[string]{
 			Key: testKey,
-			Find: func(context.Context) (string, error) {
+			Find: func() (string, error) {
 				if !committed {
 					committed = true
 					looked <- struct{}{}
@@ -242,12 +244,12 @@ func TestAPatientSendGetsTheOthersAnswer(t *testing.T) {
 				}
 				return "found", nil
 			},
-			Place: func(context.Context) (string, error) { return "placed twice", nil },
+			Place: func() (string, error) { return "placed twice", nil },
 		})
 		answer <- fmt.Sprint(got, err)
 	}()
 	<-looked // it has seen that the other is at work
-	g.complete(t.Context(), testKey, "other")
+	g.complete(testKey, "other")
 	if got := <-answer; got != "found<nil>" {
 		t.Errorf("the patient send got %s", got)
 	}
@@ -259,14 +261,14 @@ func TestAPatientSendPlacesWhenTheOtherGivesUp(t *testing.T) {
 	g := newGuard(t, rdb)
 	patience, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	g.reserve(t.Context(), testKey, "other")
+	g.reserve(testKey, "other")
 	got, err := Once(t.Context(), patience, g, Send[string]{
 		Key: testKey,
-		Find: func(ctx context.Context) (string, error) {
-			g.release(ctx, testKey, "other")
+		Find: func() (string, error) {
+			g.release(testKey, "other")
 			return "", ErrNotCommitted
 		},
-		Place: func(context.Context) (string, error) { return "placed", nil },
+		Place: func() (string, error) { return "placed", nil },
 	})
 	if got != "placed" || err != nil {
 		t.Errorf("got %q, %v", got, err)

@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"slices"
 	"strings"
 
 	"github.com/redis/go-redis/v9"
 
+	"idempotent-orders/internal/gather"
 	"idempotent-orders/lua"
 )
 
@@ -21,19 +23,28 @@ const (
 	unknown    state = "unknown" // Redis cannot say
 )
 
+// calling is how the calls of concurrent sends gather into pipelines.
+var calling = gather.Limits{Batch: 512, UnderWay: 2, Waiting: 8192}
+
 // call is one run of a script for one key.
 type call struct {
-	key  Key
-	args []any
+	script *redis.Script
+	key    Key
+	args   []any
 }
 
-func (g *Guard) reserve(ctx context.Context, key Key, token string) state {
-	cmds, err := g.run(ctx, lua.Reserve, []call{{key, []any{token, reservationLasts.Milliseconds()}}})
-	if err != nil {
+// reply is what a script returned. An error says nothing of the key.
+type reply struct {
+	text string
+	err  error
+}
+
+func (g *Guard) reserve(key Key, token string) state {
+	r, err := g.calls.Do(call{lua.Reserve, key, []any{token, reservationLasts.Milliseconds()}})
+	if err != nil || r.err != nil {
 		return unknown
 	}
-	reply, _ := cmds[0].Text()
-	switch s := state(reply); s {
+	switch s := state(r.text); s {
 	case reserved, inProgress, completed:
 		return s
 	default:
@@ -43,40 +54,44 @@ func (g *Guard) reserve(ctx context.Context, key Key, token string) state {
 
 // complete and release are told, not asked: when they fail, the reservation expires by itself.
 
-func (g *Guard) complete(ctx context.Context, key Key, token string) {
-	_, _ = g.run(ctx, lua.Complete, []call{{key, []any{token, g.retention.Milliseconds()}}})
+func (g *Guard) complete(key Key, token string) {
+	_, _ = g.calls.Do(call{lua.Complete, key, []any{token, g.retention.Milliseconds()}})
 }
 
-func (g *Guard) release(ctx context.Context, key Key, token string) {
-	_, _ = g.run(ctx, lua.Release, []call{{key, []any{token}}})
+func (g *Guard) release(key Key, token string) {
+	_, _ = g.calls.Do(call{lua.Release, key, []any{token}})
 }
 
-// run sends one script for a batch of keys in one pipeline. An error means that Redis could not be asked, or refused one
-// of the calls.
-func (g *Guard) run(ctx context.Context, script *redis.Script, calls []call) ([]*redis.Cmd, error) {
-	return g.breaker.Execute(func() ([]*redis.Cmd, error) {
-		ctx, cancel := context.WithTimeout(ctx, redisTimeout)
-		defer cancel()
-		cmds, err := pipeline(ctx, g.redis, calls, func(p redis.Pipeliner, c call) *redis.Cmd {
-			return script.EvalSha(ctx, p, []string{place(c.key)}, c.args...)
-		})
-		if !redis.HasErrorPrefix(err, "NOSCRIPT") {
+// exchange runs a batch of calls in one pipeline. Without Redis all of them fail; else each has a reply of its own.
+func (g *Guard) exchange(calls []call) []reply {
+	ctx, cancel := context.WithTimeout(context.Background(), redisTimeout)
+	defer cancel()
+	cmds, err := g.breaker.Execute(func() ([]*redis.Cmd, error) {
+		cmds, err := g.pipeline(ctx, calls, (*redis.Script).EvalSha)
+		if !slices.ContainsFunc(cmds, func(c *redis.Cmd) bool { return redis.HasErrorPrefix(c.Err(), "NOSCRIPT") }) {
 			return cmds, err
 		}
-		// Redis has lost the script, and a pipeline does not fall back by itself: send it along. The scripts that did run
-		// in between find their own token, so running them again changes nothing.
-		return pipeline(ctx, g.redis, calls, func(p redis.Pipeliner, c call) *redis.Cmd {
-			return script.Eval(ctx, p, []string{place(c.key)}, c.args...)
-		})
+		// Redis has lost a script, and a pipeline does not fall back by itself: send them along. Those that did run find
+		// their own token, so running them again changes nothing.
+		return g.pipeline(ctx, calls, (*redis.Script).Eval)
 	})
+	replies := make([]reply, len(calls))
+	for i := range replies {
+		if cmds == nil {
+			replies[i].err = err
+		} else {
+			replies[i].text, replies[i].err = cmds[i].Text()
+		}
+	}
+	return replies
 }
 
-func pipeline(ctx context.Context, rdb redis.UniversalClient, calls []call,
-	queue func(redis.Pipeliner, call) *redis.Cmd) ([]*redis.Cmd, error) {
+func (g *Guard) pipeline(ctx context.Context, calls []call,
+	eval func(*redis.Script, context.Context, redis.Scripter, []string, ...any) *redis.Cmd) ([]*redis.Cmd, error) {
 	cmds := make([]*redis.Cmd, len(calls))
-	_, err := rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+	_, err := g.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for i, c := range calls {
-			cmds[i] = queue(p, c)
+			cmds[i] = eval(c.script, ctx, p, []string{place(c.key)}, c.args...)
 		}
 		return nil
 	})

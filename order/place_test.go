@@ -52,7 +52,7 @@ func TestKeyOrderAndEventAreWrittenTogether(t *testing.T) {
 	store := NewStore(pool, 24*time.Hour, func() { commits++ })
 	s := send("k", 1234)
 	s.Traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-	placed, err := store.Place(t.Context(), s)
+	placed, err := store.Place(s)
 	if err != nil || placed.Replayed {
 		t.Fatal(placed, err)
 	}
@@ -95,15 +95,15 @@ func TestALoserReplaysTheWinner(t *testing.T) {
 	pool := testenv.Database(t)
 	commits := 0
 	store := NewStore(pool, time.Hour, func() { commits++ })
-	first, err := store.Place(t.Context(), send("k", 1))
+	first, err := store.Place(send("k", 1))
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := store.Place(t.Context(), send("k", 1))
+	again, err := store.Place(send("k", 1))
 	if err != nil || again.OrderID != first.OrderID || again.ExpiresAt != first.ExpiresAt || !again.Replayed {
 		t.Errorf("the second send got %+v, %v", again, err)
 	}
-	if _, err := store.Place(t.Context(), send("k", 2)); !errors.Is(err, idempotency.ErrMismatch) {
+	if _, err := store.Place(send("k", 2)); !errors.Is(err, idempotency.ErrMismatch) {
 		t.Errorf("another amount got %v; want ErrMismatch", err)
 	}
 	if commits != 1 {
@@ -111,14 +111,14 @@ func TestALoserReplaysTheWinner(t *testing.T) {
 	}
 	count(t, pool, 1)
 
-	found, err := store.Find(t.Context(), send("k", 1))
+	found, err := store.Find(send("k", 1))
 	if err != nil || found != again {
 		t.Errorf("Find got %+v, %v; want %+v", found, err, again)
 	}
-	if _, err := store.Find(t.Context(), send("k", 2)); !errors.Is(err, idempotency.ErrMismatch) {
+	if _, err := store.Find(send("k", 2)); !errors.Is(err, idempotency.ErrMismatch) {
 		t.Errorf("Find of another amount got %v", err)
 	}
-	if _, err := store.Find(t.Context(), send("other", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
+	if _, err := store.Find(send("other", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
 		t.Errorf("Find of another key got %v", err)
 	}
 }
@@ -127,13 +127,13 @@ func TestABatchIsJudgedSendBySend(t *testing.T) {
 	t.Parallel()
 	pool := testenv.Database(t)
 	store := NewStore(pool, time.Hour, nil)
-	old, err := store.Place(t.Context(), send("old", 7))
+	old, err := store.Place(send("old", 7))
 	if err != nil {
 		t.Fatal(err)
 	}
 	foreign := send("new", 1)
 	foreign.Key.Caller = "another"
-	results := store.placeBatch(t.Context(), []Send{
+	results, _ := store.placeBatch([]Send{
 		send("new", 1), send("old", 7), send("old", 8), send("new", 1), send("new", 2), foreign, send("a", 3),
 	})
 	for i, want := range []struct {
@@ -158,21 +158,21 @@ func TestAnExpiredKeyIsFreeAgain(t *testing.T) {
 	t.Parallel()
 	pool := testenv.Database(t)
 	store := NewStore(pool, time.Hour, nil)
-	first, err := store.Place(t.Context(), send("k", 1))
+	first, err := store.Place(send("k", 1))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := pool.Exec(t.Context(), "UPDATE idempotency_keys SET expires_at = now()"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := store.Find(t.Context(), send("k", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
+	if _, err := store.Find(send("k", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
 		t.Errorf("Find got %v; want ErrNotCommitted", err)
 	}
-	second, err := store.Place(t.Context(), send("k", 2))
+	second, err := store.Place(send("k", 2))
 	if err != nil || second.Replayed || second.OrderID == first.OrderID {
 		t.Errorf("a new order under the expired key got %+v, %v", second, err)
 	}
-	again, err := store.Place(t.Context(), send("k", 2))
+	again, err := store.Place(send("k", 2))
 	if err != nil || again.OrderID != second.OrderID || !again.Replayed {
 		t.Errorf("its replay got %+v, %v", again, err)
 	}
@@ -195,7 +195,7 @@ func TestBatchesThatShareKeysInAnyOrderDoNotDeadlock(t *testing.T) {
 			for i := range sends {
 				sends[i] = send(fmt.Sprintf("k%d", (i*(b%7+1)+b)%keys), 1) // each batch in an order of its own
 			}
-			for _, r := range store.placeBatch(t.Context(), sends) {
+			for _, r := range store.placeAll(sends) {
 				if r.Err != nil {
 					t.Error(r.Err)
 				}
@@ -212,13 +212,66 @@ func TestBatchesThatShareKeysInAnyOrderDoNotDeadlock(t *testing.T) {
 	}
 }
 
-func TestACallerThatLeavesIsPlacedAllTheSame(t *testing.T) {
+func TestConcurrentSendsShareTransactions(t *testing.T) {
 	t.Parallel()
 	pool := testenv.Database(t)
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := NewStore(pool, time.Hour, nil).Place(ctx, send("k", 1)); err != nil {
+	store := NewStore(pool, time.Hour, nil)
+	const sends = 500
+	var group sync.WaitGroup
+	for i := range sends {
+		group.Go(func() {
+			if placed, err := store.Place(send(fmt.Sprint(i), int64(i+1))); err != nil || placed.Replayed {
+				t.Errorf("send %d got %+v, %v", i, placed, err)
+			}
+		})
+	}
+	group.Wait()
+	count(t, pool, sends)
+	var transactions int
+	if err := pool.QueryRow(t.Context(), "SELECT count(DISTINCT xmin::text) FROM orders").Scan(&transactions); err != nil || transactions > sends/2 {
+		t.Errorf("%d sends took %d transactions, %v", sends, transactions, err)
+	}
+}
+
+func TestABatchThatOneRowSpoilsIsPlacedSendBySend(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	store := NewStore(pool, time.Hour, nil)
+	for i, result := range store.placeAll([]Send{send("a", 1), send("b", 0), send("c", 2), send("b", 0)}) {
+		spoilt := i == 1 || i == 3
+		if (result.Err != nil) != spoilt || errors.Is(result.Err, ErrUnavailable) {
+			t.Errorf("send %d got %+v", i, result)
+		}
+	}
+	count(t, pool, 2)
+}
+
+func TestADeadlockIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	store := NewStore(pool, time.Hour, nil)
+	// Another transaction holds the orders and wants the keys that the batch has taken by then: a circle, of which
+	// PostgreSQL ends the one that notices, which is the one that has waited for a second.
+	other, err := pool.Begin(t.Context())
+	if err != nil {
 		t.Fatal(err)
+	}
+	defer other.Rollback(context.Background())
+	if _, err := other.Exec(t.Context(), "SET LOCAL deadlock_timeout = '1min'; LOCK TABLE orders"); err != nil {
+		t.Fatal(err)
+	}
+	placed := make(chan Result, 1)
+	go func() { placed <- store.placeAll([]Send{send("k", 1)})[0] }()
+	locked := make(chan error, 1)
+	go func() {
+		_, err := other.Exec(t.Context(), "LOCK TABLE idempotency_keys")
+		locked <- errors.Join(err, other.Rollback(t.Context()))
+	}()
+	if err := <-locked; err != nil {
+		t.Fatal(err)
+	}
+	if result := <-placed; result.Err != nil || result.Placement.Replayed {
+		t.Errorf("the batch got %+v", result)
 	}
 	count(t, pool, 1)
 }
@@ -236,7 +289,7 @@ func TestPlacingDoesNotDependOnTheDatabasesDefaults(t *testing.T) {
 		}
 	}
 	pool := testenv.Pool(t, address)
-	placed, err := NewStore(pool, time.Hour, nil).Place(t.Context(), send("k", 1))
+	placed, err := NewStore(pool, time.Hour, nil).Place(send("k", 1))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -257,7 +310,7 @@ func TestATransactionThatNobodyGoesOnWithIsEnded(t *testing.T) {
 	if _, err := NewStore(pool, time.Hour, nil).placeTx(t.Context(), left, []Send{send("k", 1)}, newIDs(1)); err != nil {
 		t.Fatal(err)
 	}
-	if placed, err := NewStore(pool, time.Hour, nil).Place(t.Context(), send("k", 1)); err != nil || placed.Replayed {
+	if placed, err := NewStore(pool, time.Hour, nil).Place(send("k", 1)); err != nil || placed.Replayed {
 		t.Errorf("the key is still held: %+v, %v", placed, err)
 	}
 	if err := left.Commit(t.Context()); err == nil {
@@ -269,7 +322,7 @@ func TestATransactionThatNobodyGoesOnWithIsEnded(t *testing.T) {
 func TestWhatPostgreSQLRefusesIsNotPlaced(t *testing.T) {
 	t.Parallel()
 	pool := testenv.Database(t)
-	_, err := NewStore(pool, time.Hour, nil).Place(t.Context(), send("k", 0))
+	_, err := NewStore(pool, time.Hour, nil).Place(send("k", 0))
 	if err == nil || errors.Is(err, ErrUnavailable) || errors.Is(err, idempotency.ErrOutcomeUnknown) {
 		t.Errorf("got %v; want an error that does not ask to send it again", err)
 	}
@@ -297,7 +350,7 @@ func TestALostCommitIsLookedUp(t *testing.T) {
 			commits := 0
 			store := NewStore(proxied, time.Hour, func() { commits++ })
 
-			placed, err := store.Place(t.Context(), send("k", 1))
+			placed, err := store.Place(send("k", 1))
 			if !errors.Is(err, test.err) || err == nil && placed.Replayed {
 				t.Fatalf("got %+v, %v; want error %v", placed, err, test.err)
 			}
@@ -306,7 +359,7 @@ func TestALostCommitIsLookedUp(t *testing.T) {
 				t.Errorf("the relay was told %d times; want once", commits)
 			}
 
-			again, err := NewStore(direct, time.Hour, nil).Place(t.Context(), send("k", 1))
+			again, err := NewStore(direct, time.Hour, nil).Place(send("k", 1))
 			if err != nil || again.Replayed != (test.committed == 1) {
 				t.Errorf("sent again: %+v, %v", again, err)
 			}

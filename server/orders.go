@@ -33,8 +33,8 @@ func (s *Server) PlaceOrder(ctx context.Context, request api.PlaceOrderRequestOb
 	defer cancel()
 	placed, err := idempotency.Once(ctx, patience, s.Guard, idempotency.Send[order.Placement]{
 		Key:   send.Key,
-		Find:  func(ctx context.Context) (order.Placement, error) { return s.Orders.Find(ctx, send) },
-		Place: func(ctx context.Context) (order.Placement, error) { return s.Orders.Place(ctx, send) },
+		Find:  func() (order.Placement, error) { return s.Orders.Find(send) },
+		Place: func() (order.Placement, error) { return s.Orders.Place(send) },
 	})
 	if err != nil {
 		return nil, err

@@ -56,7 +56,7 @@ func (b *bench) place(n int) []uuid.UUID {
 	b.t.Helper()
 	ids := make([]uuid.UUID, n)
 	for i := range ids {
-		placed, err := b.orders.Place(b.t.Context(), order.Send{
+		placed, err := b.orders.Place(order.Send{
 			Key:   idempotency.Key{Caller: "anonymous", Operation: order.Operation, Value: uuid.NewString()},
 			Draft: order.Draft{UserID: "user-456", Amount: int64(i + 1)},
 		})
@@ -251,8 +251,8 @@ func TestWithoutARedisServerARedisInProcessDoes(t *testing.T) {
 	for _, replayed := range []bool{false, true} {
 		placed, err := idempotency.Once(t.Context(), t.Context(), guard, idempotency.Send[order.Placement]{
 			Key:   send.Key,
-			Find:  func(ctx context.Context) (order.Placement, error) { return b.orders.Find(ctx, send) },
-			Place: func(ctx context.Context) (order.Placement, error) { return b.orders.Place(ctx, send) },
+			Find:  func() (order.Placement, error) { return b.orders.Find(send) },
+			Place: func() (order.Placement, error) { return b.orders.Place(send) },
 		})
 		if err != nil || placed.Replayed != replayed {
 			t.Fatalf("%+v, %v; want a replay: %t", placed, err, replayed)
