@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -29,6 +30,9 @@ func (s *Server) PlaceOrder(ctx context.Context, request api.PlaceOrderRequestOb
 	if request.Params.Traceparent != nil {
 		send.Traceparent = *request.Params.Traceparent
 	}
+	if placed, err := s.Orders.Recall(send); !errors.Is(err, idempotency.ErrNotCommitted) {
+		return answerTo(placed, err)
+	}
 	patience, cancel := s.patience(request.Params.Prefer)
 	defer cancel()
 	placed, err := idempotency.Once(ctx, patience, s.Guard, idempotency.Send[order.Placement]{
@@ -36,10 +40,7 @@ func (s *Server) PlaceOrder(ctx context.Context, request api.PlaceOrderRequestOb
 		Find:  func() (order.Placement, error) { return s.Orders.Find(send) },
 		Place: func() (order.Placement, error) { return s.Orders.Place(send) },
 	})
-	if err != nil {
-		return nil, err
-	}
-	return placedAnswer(placed), nil
+	return answerTo(placed, err)
 }
 
 // patience returns a context that is done when a request should no longer wait for another send of its key.
@@ -51,8 +52,11 @@ func (s *Server) patience(prefer *string) (context.Context, context.CancelFunc) 
 	return context.WithTimeout(s.stopping, wait)
 }
 
-// placedAnswer is the same for every send of a placement, but for the mark of a replay.
-func placedAnswer(placed order.Placement) api.PlaceOrder200JSONResponse {
+// answerTo is the same for every send of a placement, but for the mark of a replay.
+func answerTo(placed order.Placement, err error) (api.PlaceOrderResponseObject, error) {
+	if err != nil {
+		return nil, err
+	}
 	answer := api.PlaceOrder200JSONResponse{
 		Body: api.OrderPlaced{Status: api.OrderPlacedStatusSuccess, OrderId: placed.OrderID},
 		Headers: api.PlaceOrder200ResponseHeaders{
@@ -63,7 +67,7 @@ func placedAnswer(placed order.Placement) api.PlaceOrder200JSONResponse {
 	if placed.Replayed {
 		answer.Headers.IdempotencyReplayed = &placed.Replayed
 	}
-	return answer
+	return answer, nil
 }
 
 // GetOrder returns an order of the caller.

@@ -31,18 +31,17 @@ func TestASecondSendGetsTheFirstAnswer(t *testing.T) {
 		t.Error("the first answer is marked as a replay")
 	}
 
-	// The same again, in other words, from another server, and by way of PostgreSQL alone: byte for byte the same.
-	other := api.second()
-	sends := map[string]func() reply{
-		"again":                  func() reply { return api.place("k", `{"user_id":"user-1","amount":250}`) },
-		"members in other order": func() reply { return api.place("k", ` { "amount" : 250 , "user_id" : "user-1" } `) },
-		"escaped":                func() reply { return api.place("k", `{"user_id":"\u0075ser-1","\u0061mount":250}`) },
-		"quoted key":             func() reply { return api.place(`"k"`, `{"user_id":"user-1","amount":250}`) },
-		"charset spelled out": func() reply {
-			return other.do("POST", "/orders", charset("k"), body(`{"user_id":"user-1","amount":250}`))
+	// The same again, in other words, to this server and to others, which know it only from Redis and PostgreSQL, or from
+	// PostgreSQL alone: byte for byte the same.
+	sends := map[string]func(to *testAPI) reply{
+		"again":                  func(to *testAPI) reply { return to.place("k", `{"user_id":"user-1","amount":250}`) },
+		"members in other order": func(to *testAPI) reply { return to.place("k", ` { "amount" : 250 , "user_id" : "user-1" } `) },
+		"escaped":                func(to *testAPI) reply { return to.place("k", `{"user_id":"\u0075ser-1","\u0061mount":250}`) },
+		"quoted key":             func(to *testAPI) reply { return to.place(`"k"`, `{"user_id":"user-1","amount":250}`) },
+		"charset spelled out": func(to *testAPI) reply {
+			return to.do("POST", "/orders", charset("k"), body(`{"user_id":"user-1","amount":250}`))
 		},
-		"from another server": func() reply { return other.place("k", `{"user_id":"user-1","amount":250}`) },
-		"with a preference":   func() reply { return other.place("k", `{"user_id":"user-1","amount":250}`, "Prefer", "wait=1") },
+		"with a preference": func(to *testAPI) reply { return to.place("k", `{"user_id":"user-1","amount":250}`, "Prefer", "wait=1") },
 	}
 	check := func(name string, got reply) {
 		if got.status != first.status || got.body != first.body {
@@ -57,15 +56,16 @@ func TestASecondSendGetsTheFirstAnswer(t *testing.T) {
 		}
 	}
 	for name, send := range sends {
-		check(name, send())
+		check(name, send(api))
+		check(name+" to another server", send(api.second()))
 	}
 	for name, send := range sends {
 		api.redis.FlushAll(t.Context())
-		check(name+" after FLUSHALL", send())
+		check(name+" after FLUSHALL", send(api.second()))
 	}
 	api.server.Kill()
 	for name, send := range sends {
-		check(name+" without Redis", send())
+		check(name+" without Redis", send(api.second()))
 	}
 	api.expectRows(1)
 
@@ -107,10 +107,11 @@ func TestEveryValueCountsUnderAKey(t *testing.T) {
 	} {
 		api.place("k", other).problem(t, 422, "idempotency-key-reused")
 	}
+	api.second().place("k", `{}`).problem(t, 422, "idempotency-key-reused")
 	api.redis.FlushAll(t.Context())
-	api.place("k", `{}`).problem(t, 422, "idempotency-key-reused")
+	api.second().place("k", `{}`).problem(t, 422, "idempotency-key-reused")
 	api.server.Kill()
-	api.place("k", `{}`).problem(t, 422, "idempotency-key-reused")
+	api.second().place("k", `{}`).problem(t, 422, "idempotency-key-reused")
 	api.expectRows(1)
 
 	api.place("another", `{}`).placed(t)
@@ -306,6 +307,7 @@ func TestWithoutPostgreSQLNothingIsPromised(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t)
 	id := api.place("before", "").placed(t)
+	other := api.second()
 	name := api.pool.Config().ConnConfig.Database
 	elsewhere := testAdmin(t, api.pool)
 	if _, err := elsewhere.Exec(t.Context(), "ALTER DATABASE "+name+" ALLOW_CONNECTIONS false"); err != nil {
@@ -316,7 +318,10 @@ func TestWithoutPostgreSQLNothingIsPromised(t *testing.T) {
 	}
 	for range 3 { // connections that the pool still holds fail in their own ways
 		api.place("after", "").problem(t, 503, "unavailable")
-		api.place("before", "").problem(t, 503, "unavailable")
+		other.place("before", "").problem(t, 503, "unavailable")
+		if api.place("before", "").placed(t) != id { // what it has answered it can still answer
+			t.Error("the order from before is another now")
+		}
 		api.do("GET", "/orders/"+id.String(), nil, nil).problem(t, 503, "unavailable")
 		api.do("GET", "/readyz", nil, nil).problem(t, 503, "unavailable")
 	}
@@ -360,13 +365,14 @@ func TestARedisThatLiesCostsTimeOnly(t *testing.T) {
 				}
 			}
 			api.redis.Set(t.Context(), name, lie, 0)
-			got := api.place("k-"+lie, "")
+			asked := api.second() // one that knows nothing itself
+			got := asked.place("k-"+lie, "")
 			switch {
 			case state == "committed":
 				if got.placed(t); got.header.Get("Idempotency-Replayed") != "true" {
 					t.Errorf("%q over a committed key: %v", lie, got)
 				}
-				api.place("k-"+lie, `{"amount":7}`).problem(t, 422, "idempotency-key-reused")
+				asked.place("k-"+lie, `{"amount":7}`).problem(t, 422, "idempotency-key-reused")
 			case strings.HasPrefix(lie, "held:"):
 				got.problem(t, 409, "request-in-progress")
 				if left := api.redis.PTTL(t.Context(), name).Val(); left <= 0 || left > 10*time.Second {
@@ -391,7 +397,7 @@ func TestARedisThatLiesCostsTimeOnly(t *testing.T) {
 	name := placeOf("list")
 	api.redis.Del(t.Context(), name)
 	api.redis.LPush(t.Context(), name, "a list")
-	if got := api.place("list", ""); got.header.Get("Idempotency-Replayed") != "true" {
+	if got := api.second().place("list", ""); got.header.Get("Idempotency-Replayed") != "true" {
 		t.Errorf("over a list: %v", got)
 	}
 }

@@ -1,0 +1,52 @@
+package order
+
+import (
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/maypok86/otter/v2"
+
+	"idempotent-orders/idempotency"
+)
+
+const (
+	// remembers is how many keys a process remembers, at about 300 bytes each.
+	remembers = 50_000
+	// remembersFor is for how long at most. A committed answer does not change, but a database may be put back in time.
+	remembersFor = 10 * time.Minute
+	// remembersShort is how long before its end a key is forgotten here, because the end comes by PostgreSQL's clock.
+	remembersShort = time.Minute
+)
+
+// memory is what this process knows to be committed, so that a storm of retries asks nobody. Keys hold their caller, so
+// nobody gets another's answer.
+type memory struct {
+	held *otter.Cache[idempotency.Key, holding]
+}
+
+func newMemory() memory {
+	return memory{otter.Must(&otter.Options[idempotency.Key, holding]{
+		MaximumSize: remembers,
+		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[idempotency.Key, holding]) time.Duration {
+			return min(remembersFor, time.Until(e.Value.expiresAt)-remembersShort)
+		}),
+	})}
+}
+
+// learn remembers who holds the keys of sends.
+func (m memory) learn(sends []Send, held map[idempotency.Key]holding) {
+	for _, send := range sends {
+		if holder, ok := held[send.Key]; ok && time.Until(holder.expiresAt) > remembersShort {
+			m.held.Set(send.Key, holder)
+		}
+	}
+}
+
+// recall returns the result of a send whose key is remembered, and idempotency.ErrNotCommitted for any other.
+func (m memory) recall(send Send) Result {
+	holder, ok := m.held.GetIfPresent(send.Key)
+	if !ok {
+		return Result{Err: idempotency.ErrNotCommitted}
+	}
+	return holder.judge(send, uuid.Nil)
+}

@@ -1,0 +1,61 @@
+package order
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"idempotent-orders/idempotency"
+	"idempotent-orders/internal/testenv"
+)
+
+func TestWhatIsCommittedIsRememberedAndNothingElse(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	store := NewStore(pool, time.Hour, nil)
+	if _, err := store.Recall(send("k", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
+		t.Errorf("before: %v", err)
+	}
+	if _, err := store.Place(send("k", 0)); err == nil {
+		t.Fatal("the database took an amount of 0")
+	}
+	if _, err := store.Recall(send("k", 0)); !errors.Is(err, idempotency.ErrNotCommitted) {
+		t.Errorf("what was refused is remembered: %v", err)
+	}
+	placed, err := store.Place(send("k", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := placed
+	want.Replayed = true
+	if got, err := store.Recall(send("k", 1)); err != nil || got != want {
+		t.Errorf("recalled %+v, %v; want %+v", got, err, want)
+	}
+	if _, err := store.Recall(send("k", 2)); !errors.Is(err, idempotency.ErrMismatch) {
+		t.Errorf("another amount: %v", err)
+	}
+	foreign := send("k", 1)
+	foreign.Key.Caller = "another"
+	if _, err := store.Recall(foreign); !errors.Is(err, idempotency.ErrNotCommitted) {
+		t.Errorf("another caller: %v", err)
+	}
+
+	other := NewStore(pool, time.Hour, nil) // learns by looking, or by losing
+	if _, err := other.Find(send("k", 1)); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := other.Recall(send("k", 1)); err != nil || got != want {
+		t.Errorf("the other recalled %+v, %v; want %+v", got, err, want)
+	}
+}
+
+func TestAKeyThatIsAboutToExpireIsNotRemembered(t *testing.T) {
+	t.Parallel()
+	store := NewStore(testenv.Database(t), remembersShort, nil)
+	if _, err := store.Place(send("k", 1)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := store.Recall(send("k", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
+		t.Errorf("it is remembered: %v", err)
+	}
+}
