@@ -54,7 +54,11 @@ func wanted(cfg config.Config, folder string, inParts bool, log *slog.Logger) lo
 }
 
 func (s *stores) connect(ctx context.Context, cfg config.Config, which parts, log *slog.Logger) (err error) {
-	if s.pool, err = connect.PostgreSQL(ctx, s.servers.DatabaseURL); err != nil {
+	err = local.WhenReady(ctx, log, func(ctx context.Context) (err error) {
+		s.pool, err = connect.PostgreSQL(ctx, s.servers.DatabaseURL)
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("cannot use PostgreSQL; check DB_HOST, DB_PORT, DB_USER, DB_PASSWORD, DB_NAME or DATABASE_URL: %w", err)
 	}
 	log.InfoContext(ctx, "Connected to database successfully")
@@ -66,9 +70,7 @@ func (s *stores) connect(ctx context.Context, cfg config.Config, which parts, lo
 	if err := migrations.Check(ctx, s.pool); err != nil {
 		return err
 	}
-	asked, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	if err := s.redis.Ping(asked).Err(); err != nil {
+	if err := local.WhenReady(ctx, log, func(ctx context.Context) error { return s.redis.Ping(ctx).Err() }); err != nil {
 		return fmt.Errorf("cannot use the Redis at %s; check REDIS_ADDR and REDIS_PASSWORD: %w", strings.Join(s.servers.RedisAddrs, ","), err)
 	}
 	log.InfoContext(ctx, "Connected to Redis successfully")

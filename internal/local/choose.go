@@ -25,8 +25,8 @@ var findRedisServer = FindRedisServer
 const (
 	// probeTimeout bounds one look whether a server at a default address can be used.
 	probeTimeout = 5 * time.Second
-	// probePatience is how long a server that is starting is waited for.
-	probePatience = 30 * time.Second
+	// readyPatience is how long a server that is starting is waited for.
+	readyPatience = 30 * time.Second
 )
 
 // Wanted says which servers a program asks for.
@@ -146,23 +146,28 @@ func (s *Servers) inProcessRedis(ctx context.Context, w Wanted, missing error) e
 }
 
 // probe asks a server at a default address whether it can be used. It can, when both results are nil. It cannot, when
-// nobody is there or other credentials are wanted: absent says which. A server that is starting or full is waited for; and
-// what happens else is an error, because to start an empty server in the place of one that has the orders would be worse.
+// nobody is there or other credentials are wanted: absent says which. What happens else is an error, because to start an
+// empty server in the place of one that has the orders would be worse.
 func probe(ctx context.Context, log *slog.Logger, ask func(context.Context) error) (absent, err error) {
-	defer sayLater(log, "Waiting for the server at the default address, which is starting or busy")()
-	for deadline := time.Now().Add(probePatience); ; {
-		err = attempt(ctx, ask)
-		switch {
-		case err == nil:
-			return nil, nil
-		case notOurs(err):
-			return err, nil
-		case !notYet(err) || time.Now().After(deadline):
-			return nil, err
+	err = WhenReady(ctx, log, func(ctx context.Context) error { return attempt(ctx, ask) })
+	if notOurs(err) {
+		return err, nil
+	}
+	return nil, err
+}
+
+// WhenReady asks a server until it is ready, and returns what it says then. A server that is starting, loading its data,
+// or full is asked again for half a minute.
+func WhenReady(ctx context.Context, log *slog.Logger, ask func(context.Context) error) error {
+	defer sayLater(log, "Waiting for a server that is starting or busy")()
+	for deadline := time.Now().Add(readyPatience); ; {
+		err := ask(ctx)
+		if err == nil || !notYet(err) || time.Now().After(deadline) {
+			return err
 		}
 		select {
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return ctx.Err()
 		case <-time.After(pollInterval):
 		}
 	}
