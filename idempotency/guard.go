@@ -40,8 +40,8 @@ var (
 )
 
 const (
-	// reservationLasts bounds how long a holder that died keeps others out. It is longer than placing may take; if it
-	// were not, PostgreSQL's unique key would still let only one through.
+	// reservationLasts bounds how long a holder that died keeps others out. It is longer than placing usually takes; when
+	// placing takes longer, PostgreSQL's unique key still lets only one through.
 	reservationLasts = 10 * time.Second
 	// redisTimeout bounds what a stalled Redis costs one request, until the breaker opens.
 	redisTimeout = 250 * time.Millisecond
@@ -69,10 +69,10 @@ func NewGuard(rdb redis.UniversalClient, retention time.Duration, log *slog.Logg
 		Name:        "redis",
 		Timeout:     breakerOpens,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakerTrips },
-		// A reply is a sign of life, also when it is an error; and a caller that left says nothing about Redis.
+		// A reply is a sign of life, also when it is an error.
 		IsSuccessful: func(err error) bool {
 			var reply redis.Error
-			return err == nil || errors.As(err, &reply) || errors.Is(err, context.Canceled)
+			return err == nil || errors.As(err, &reply)
 		},
 		OnStateChange: func(_ string, _, to gobreaker.State) {
 			switch to {

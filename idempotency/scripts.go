@@ -24,7 +24,7 @@ const (
 )
 
 // calling is how the calls of concurrent sends gather into pipelines.
-var calling = gather.Limits{Batch: 512, UnderWay: 2, Waiting: 8192}
+var calling = gather.Limits{Batch: 512, UnderWay: 2, Waiting: 8192, Wait: redisTimeout}
 
 // call is one run of a script for one key.
 type call struct {

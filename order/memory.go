@@ -28,7 +28,7 @@ func newMemory() memory {
 	return memory{otter.Must(&otter.Options[idempotency.Key, holding]{
 		MaximumSize: remembers,
 		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[idempotency.Key, holding]) time.Duration {
-			return min(remembersFor, time.Until(e.Value.expiresAt)-remembersShort)
+			return max(1, min(remembersFor, time.Until(e.Value.expiresAt)-remembersShort)) // 0 would be for ever
 		}),
 	})}
 }
@@ -45,7 +45,7 @@ func (m memory) learn(sends []Send, held map[idempotency.Key]holding) {
 // recall returns the result of a send whose key is remembered, and idempotency.ErrNotCommitted for any other.
 func (m memory) recall(send Send) Result {
 	holder, ok := m.held.GetIfPresent(send.Key)
-	if !ok {
+	if !ok || time.Until(holder.expiresAt) <= remembersShort {
 		return Result{Err: idempotency.ErrNotCommitted}
 	}
 	return holder.judge(send, uuid.Nil)

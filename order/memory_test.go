@@ -58,4 +58,13 @@ func TestAKeyThatIsAboutToExpireIsNotRemembered(t *testing.T) {
 	if _, err := store.Recall(send("k", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
 		t.Errorf("it is remembered: %v", err)
 	}
+	// Nor when its time comes between the look and the entry.
+	past := holding{fingerprint: send("k", 1).Draft.Fingerprint(), expiresAt: time.Now()}
+	store.memory.held.Set(send("k", 1).Key, past)
+	if _, err := store.Recall(send("k", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
+		t.Errorf("it is remembered for ever: %v", err)
+	}
+	if entry, ok := store.memory.held.GetEntryQuietly(send("k", 1).Key); ok && entry.ExpiresAfter() > time.Second {
+		t.Errorf("it is kept for %s", entry.ExpiresAfter())
+	}
 }

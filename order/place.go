@@ -21,8 +21,14 @@ import (
 )
 
 const (
-	// timeout bounds what PostgreSQL is given to answer a request. It is shorter than a reservation lasts.
-	timeout = 5 * time.Second
+	// waitTimeout bounds how long a send waits for its batch to begin, and timeout what PostgreSQL is given for the batch.
+	// Together they are shorter than a reservation lasts.
+	waitTimeout = 2 * time.Second
+	timeout     = 5 * time.Second
+	// lockWait is how long a batch waits for a key that another transaction is writing, and aloneLockWait how long a send
+	// does that is placed alone, with its neighbours waiting behind it.
+	lockWait      = time.Second
+	aloneLockWait = 100 * time.Millisecond
 	// stallTimeout is when PostgreSQL ends a transaction that nobody goes on with.
 	stallTimeout = 5 * time.Second
 	// lookUpTimeout bounds the look after a commit whose outcome is unknown.
@@ -32,8 +38,8 @@ const (
 // How sends gather. One batch under way is 4 to 8 % faster than two on two cores, and four are 15 to 25 % slower; but with
 // one, a key that another server is writing would hold everybody up.
 var (
-	placing = gather.Limits{Batch: 256, UnderWay: 2, Waiting: 4096}
-	finding = gather.Limits{Batch: 256, UnderWay: 2, Waiting: 4096}
+	placing = gather.Limits{Batch: 256, UnderWay: 2, Waiting: 4096, Wait: waitTimeout}
+	finding = gather.Limits{Batch: 256, UnderWay: 2, Waiting: 4096, Wait: waitTimeout}
 )
 
 // Store places and finds orders in PostgreSQL, those of concurrent callers together. It is safe for concurrent use.
@@ -65,7 +71,7 @@ func NewStore(pool *pgxpool.Pool, retention time.Duration, committed func()) *St
 func (s *Store) Place(send Send) (Placement, error) {
 	result, err := s.places.Do(send)
 	switch {
-	case errors.Is(err, gather.ErrFull):
+	case errors.Is(err, gather.ErrBusy):
 		return Placement{}, fmt.Errorf("place an order: %w: %w", ErrUnavailable, err)
 	case err != nil: // a panic, before or after the commit
 		return Placement{}, fmt.Errorf("place an order: %w: %w", idempotency.ErrOutcomeUnknown, err)
@@ -120,24 +126,32 @@ func (s *Store) Get(ctx context.Context, caller string, id uuid.UUID) (Order, er
 }
 
 // placeAll places a batch of sends and returns a result for each, in their order. When PostgreSQL refuses the batch for
-// the sake of one row, each send is placed alone, so that nobody pays for a neighbour. A deadlock or a serialization
-// failure is tried again.
+// the sake of one row, each send is placed alone, so that nobody pays for a neighbour.
 func (s *Store) placeAll(sends []Send) []Result {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	results, refused := s.insist(ctx, sends, lockWait)
+	if refused == nil || passing(refused) || len(sends) == 1 {
+		return results
+	}
+	for i := range sends {
+		if ctx.Err() != nil {
+			results[i] = Result{Err: fmt.Errorf("place orders one by one: %w: %w", ErrUnavailable, ctx.Err())}
+			continue
+		}
+		alone, _ := s.insist(ctx, sends[i:i+1], aloneLockWait)
+		results[i] = alone[0]
+	}
+	return results
+}
+
+// insist places a batch, and again when others stood in its way by a deadlock or a serialization failure.
+func (s *Store) insist(ctx context.Context, sends []Send, lockWait time.Duration) ([]Result, *pgconn.PgError) {
 	const tries = 3
 	for try := 1; ; try++ {
-		results, refused := s.placeBatch(sends)
-		switch {
-		case refused == nil:
-			return results
-		case passing(refused) && try < tries:
-		case len(sends) == 1 || passing(refused):
-			return results
-		default:
-			alone := make([]Result, len(sends))
-			for i := range sends {
-				alone[i] = s.placeAll(sends[i : i+1])[0]
-			}
-			return alone
+		results, refused := s.placeBatch(ctx, sends, lockWait)
+		if refused == nil || !passing(refused) || try == tries {
+			return results, refused
 		}
 	}
 }
@@ -149,13 +163,11 @@ func passing(refused *pgconn.PgError) bool {
 
 // placeBatch places a batch of sends in one transaction and returns a result for each, in their order, and what
 // PostgreSQL refused the batch for, if it did.
-func (s *Store) placeBatch(sends []Send) ([]Result, *pgconn.PgError) {
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
+func (s *Store) placeBatch(ctx context.Context, sends []Send, lockWait time.Duration) ([]Result, *pgconn.PgError) {
 	ids := newIDs(len(sends))
 	var held map[idempotency.Key]holding
 	committing := false
-	err := pgx.BeginTxFunc(ctx, s.pool, connect.Tx(stallTimeout), func(tx pgx.Tx) (err error) {
+	err := pgx.BeginTxFunc(ctx, s.pool, connect.Tx(stallTimeout, lockWait), func(tx pgx.Tx) (err error) {
 		held, err = s.placeTx(ctx, tx, sends, ids)
 		committing = err == nil
 		return err
@@ -178,17 +190,22 @@ func (s *Store) placeBatch(sends []Send) ([]Result, *pgconn.PgError) {
 	return results, nil
 }
 
-// refusal returns what PostgreSQL refused a batch for: rows that are wrong (SQLSTATE classes 22 and 23), which sending them
-// again would not change, or what others did at the same time. Any other error, and the latter, makes it unavailable.
+// refusal returns what PostgreSQL refused a batch for, if it answered: rows that are wrong (SQLSTATE classes 22 and 23),
+// which sending them again would not change; what others did at the same time; or a row that another transaction holds
+// (lock_not_available, or query_canceled by a statement_timeout). All but the first make it unavailable, as any other error.
 func refusal(err error) (*pgconn.PgError, error) {
 	var refused *pgconn.PgError
-	if errors.As(err, &refused) && (strings.HasPrefix(refused.Code, "22") || strings.HasPrefix(refused.Code, "23")) {
+	if !errors.As(err, &refused) {
+		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	switch {
+	case strings.HasPrefix(refused.Code, "22"), strings.HasPrefix(refused.Code, "23"):
 		return refused, err
+	case passing(refused), refused.Code == "55P03", refused.Code == "57014":
+		return refused, fmt.Errorf("%w: %w", ErrUnavailable, err)
+	default:
+		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
-	if refused != nil && !passing(refused) {
-		refused = nil
-	}
-	return refused, fmt.Errorf("%w: %w", ErrUnavailable, err)
 }
 
 // holding is a key and the order it holds.

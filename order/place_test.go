@@ -133,9 +133,9 @@ func TestABatchIsJudgedSendBySend(t *testing.T) {
 	}
 	foreign := send("new", 1)
 	foreign.Key.Caller = "another"
-	results, _ := store.placeBatch([]Send{
+	results, _ := store.placeBatch(t.Context(), []Send{
 		send("new", 1), send("old", 7), send("old", 8), send("new", 1), send("new", 2), foreign, send("a", 3),
-	})
+	}, lockWait)
 	for i, want := range []struct {
 		replayed bool
 		err      error
@@ -246,6 +246,28 @@ func TestABatchThatOneRowSpoilsIsPlacedSendBySend(t *testing.T) {
 	count(t, pool, 2)
 }
 
+func TestAKeyThatIsHeldElsewhereDoesNotHoldItsNeighboursUp(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Database(t)
+	store := NewStore(pool, time.Hour, nil)
+	elsewhere, err := pool.Begin(t.Context()) // a server that stopped in the middle
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer elsewhere.Rollback(context.Background())
+	if _, err := store.placeTx(t.Context(), elsewhere, []Send{send("held", 1)}, newIDs(1)); err != nil {
+		t.Fatal(err)
+	}
+	results := store.placeAll([]Send{send("a", 1), send("held", 1), send("z", 1)})
+	if results[0].Err != nil || results[2].Err != nil {
+		t.Errorf("its neighbours got %v and %v", results[0].Err, results[2].Err)
+	}
+	if !errors.Is(results[1].Err, ErrUnavailable) {
+		t.Errorf("the held one got %+v", results[1])
+	}
+	count(t, pool, 2)
+}
+
 func TestADeadlockIsTriedAgain(t *testing.T) {
 	t.Parallel()
 	pool := testenv.Database(t)
@@ -302,7 +324,7 @@ func TestPlacingDoesNotDependOnTheDatabasesDefaults(t *testing.T) {
 func TestATransactionThatNobodyGoesOnWithIsEnded(t *testing.T) {
 	t.Parallel()
 	pool := testenv.Database(t)
-	left, err := pool.BeginTx(t.Context(), connect.Tx(100*time.Millisecond)) // as when its server stops in the middle
+	left, err := pool.BeginTx(t.Context(), connect.Tx(100*time.Millisecond, 0)) // as when its server stops in the middle
 	if err != nil {
 		t.Fatal(err)
 	}

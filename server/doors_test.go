@@ -2,7 +2,6 @@ package server
 
 import (
 	"bufio"
-	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -163,14 +162,7 @@ func TestABodyThatIsCutOffPlacesNothing(t *testing.T) {
 func TestAStoppingServerLetsWaitersGoAndFinishesTheRest(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t)
-	tx, err := api.pool.Begin(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback(context.Background())
-	if _, err := tx.Exec(t.Context(), "LOCK TABLE orders IN EXCLUSIVE MODE"); err != nil {
-		t.Fatal(err)
-	}
+	release := api.holdPlacing()
 	placing, waiting := make(chan reply, 1), make(chan reply, 1)
 	send := func(answered chan reply, more ...string) {
 		got, err := api.try("POST", "/orders", headers("k", "", more...), nil)
@@ -180,23 +172,13 @@ func TestAStoppingServerLetsWaitersGoAndFinishesTheRest(t *testing.T) {
 		answered <- got
 	}
 	go send(placing)
-	api.eventually("the first send waits", func() bool {
-		var waits bool
-		err := api.pool.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))").Scan(&waits)
-		return err == nil && waits
-	})
+	api.eventuallyRuns("InsertOrders")
 	go send(waiting, "Prefer", "wait=10")
-	api.eventually("the second send looks the key up", func() bool {
-		var looked bool
-		err := api.pool.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE '%FindIdempotencyKeys%')").Scan(&looked)
-		return err == nil && looked
-	})
+	api.eventuallyRuns("FindIdempotencyKeys")
 	stopped := make(chan struct{})
 	go func() { api.stop(); close(stopped) }()
 	(<-waiting).problem(t, 409, "request-in-progress")
-	if err := tx.Rollback(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	release()
 	(<-placing).placed(t)
 	<-stopped
 	api.expectRows(1)

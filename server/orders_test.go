@@ -221,14 +221,7 @@ func TestOtherBodiesAreRefused(t *testing.T) {
 func TestAKeyInUseIsRefusedOrWaitedFor(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t)
-	tx, err := api.pool.Begin(t.Context()) // the first send is under way: its order cannot be inserted yet
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback(t.Context())
-	if _, err := tx.Exec(t.Context(), "LOCK TABLE orders IN EXCLUSIVE MODE"); err != nil {
-		t.Fatal(err)
-	}
+	release := api.holdPlacing()
 	first := make(chan reply, 1)
 	go func() {
 		got, err := api.try("POST", "/orders", headers("k", ""), nil)
@@ -237,11 +230,7 @@ func TestAKeyInUseIsRefusedOrWaitedFor(t *testing.T) {
 		}
 		first <- got
 	}()
-	api.eventually("the first send waits", func() bool {
-		var waiting bool
-		err := api.pool.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))").Scan(&waiting)
-		return err == nil && waiting
-	})
+	api.eventuallyRuns("InsertOrders")
 
 	api.place("k", "").problem(t, 409, "request-in-progress")
 	api.place("k", `{"amount":1}`).problem(t, 409, "request-in-progress") // only what is committed can be a mismatch
@@ -263,15 +252,46 @@ func TestAKeyInUseIsRefusedOrWaitedFor(t *testing.T) {
 			answered <- got
 		}()
 	}
-	if err := tx.Rollback(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	release()
 	placed := (<-first).placed(t)
 	if got := <-patient; got.placed(t) != placed || got.header.Get("Idempotency-Replayed") != "true" {
 		t.Errorf("the patient send got %v", got)
 	}
 	(<-mismatched).problem(t, 422, "idempotency-key-reused")
 	api.expectRows(1)
+}
+
+// holdPlacing keeps sends from ending, in the middle of their transaction, until the returned function is called.
+func (a *testAPI) holdPlacing() (release func()) {
+	a.t.Helper()
+	_, err := a.pool.Exec(a.t.Context(), `CREATE TABLE held ();
+		INSERT INTO held DEFAULT VALUES;
+		CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$
+		BEGIN
+			WHILE EXISTS (SELECT FROM held) LOOP PERFORM pg_sleep(0.005); END LOOP;
+			RETURN NULL;
+		END $$;
+		CREATE TRIGGER hold AFTER INSERT ON orders FOR EACH STATEMENT EXECUTE FUNCTION hold()`)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return func() {
+		a.t.Helper()
+		if _, err := a.pool.Exec(a.t.Context(), "DELETE FROM held"); err != nil {
+			a.t.Fatal(err)
+		}
+	}
+}
+
+// eventuallyRuns waits until a query runs, or was the last that its connection ran.
+func (a *testAPI) eventuallyRuns(query string) {
+	a.t.Helper()
+	a.eventually(query+" runs", func() bool {
+		var runs bool
+		err := a.pool.QueryRow(a.t.Context(), `SELECT EXISTS (SELECT FROM pg_stat_activity
+			WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE '%' || $1 || '%')`, query).Scan(&runs)
+		return err == nil && runs
+	})
 }
 
 // eventually asks again and again until what is expected holds.

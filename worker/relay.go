@@ -91,7 +91,7 @@ func (r *Relay) runOnce(ctx context.Context) (int, error) {
 	ctx, cancel := finishing(ctx, r.timeout)
 	defer cancel()
 	published := 0
-	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout), func(tx pgx.Tx) error {
+	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout, 0), func(tx pgx.Tx) error {
 		q := db.New(tx)
 		taken, err := q.TakeTurn(ctx, turn)
 		if err != nil {

@@ -46,9 +46,11 @@ func PostgreSQL(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	if !strings.Contains(url, "connect_timeout") {
 		cfg.ConnConfig.ConnectTimeout = connectTimeout
 	}
-	cfg.AfterConnect = func(_ context.Context, conn *pgx.Conn) error {
+	cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 		pgxuuid.Register(conn.TypeMap()) // else each UUID goes as text
-		return nil
+		// A plan that was made for any parameters when a table was small would go on scanning it when it is large.
+		_, err := conn.Exec(ctx, "SET plan_cache_mode = force_custom_plan")
+		return err
 	}
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
@@ -78,9 +80,10 @@ func checkEncoding(ctx context.Context, pool *pgxpool.Pool) error {
 
 // Tx returns how transactions that write begin: whatever the database's defaults are, and with an end should this process
 // leave one idle for as long as stall, because it stopped or its line was cut. Until then others may wait for its locks.
-func Tx(stall time.Duration) pgx.TxOptions {
-	return pgx.TxOptions{BeginQuery: fmt.Sprintf(
-		"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL idle_in_transaction_session_timeout = %d", stall.Milliseconds())}
+// It waits itself for a lock no longer than lockWait; 0 is for ever.
+func Tx(stall, lockWait time.Duration) pgx.TxOptions {
+	return pgx.TxOptions{BeginQuery: fmt.Sprintf("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;"+
+		" SET LOCAL idle_in_transaction_session_timeout = %d; SET LOCAL lock_timeout = %d", stall.Milliseconds(), lockWait.Milliseconds())}
 }
 
 // Redis returns a client for the server at addrs, or for a Redis Cluster when there are several. It does not connect yet.

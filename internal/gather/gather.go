@@ -4,9 +4,9 @@
 // while batches are under way wait together and form the next. So an idle service answers without delay, and the busier it
 // is, the more calls share the cost of a crossing: batches size themselves.
 //
-// Three numbers bound it: how many calls make a batch, how many batches are under way, and how many calls wait. When the
-// waiting room is full a call is refused at once, since a longer queue would only make every answer later. A batch that
-// panics answers its callers with an error, and does nothing to the others.
+// Four numbers bound it: how many calls make a batch, how many batches are under way, how many calls wait, and for how long.
+// When the waiting room is full a call is refused at once, since a longer queue would only make every answer later. A batch
+// that panics answers its callers with an error, and does nothing to the others.
 package gather
 
 import (
@@ -14,16 +14,18 @@ import (
 	"fmt"
 	"runtime/debug"
 	"sync"
+	"time"
 )
 
-// ErrFull: too many calls are waiting; this one was not made.
-var ErrFull = errors.New("too many calls are waiting")
+// ErrBusy: too many calls are waiting, or this one has waited too long; it was not made.
+var ErrBusy = errors.New("too many calls are waiting")
 
 // Limits bound a Gatherer; each must be at least one.
 type Limits struct {
-	Batch    int // calls in a batch
-	UnderWay int // batches under way
-	Waiting  int // calls that wait for the next batch
+	Batch    int           // calls in a batch
+	UnderWay int           // batches under way
+	Waiting  int           // calls that wait for the next batch
+	Wait     time.Duration // how long a call may wait for its batch to begin
 }
 
 // Gatherer hands concurrent calls to one function, in batches. It is safe for concurrent use.
@@ -38,6 +40,7 @@ type Gatherer[In, Out any] struct {
 
 type call[In, Out any] struct {
 	in     In
+	joined time.Time
 	answer chan<- answer[Out] // of room for one
 }
 
@@ -52,12 +55,12 @@ func New[In, Out any](limits Limits, do func([]In) []Out) *Gatherer[In, Out] {
 	return &Gatherer[In, Out]{limits: limits, do: do}
 }
 
-// Do makes one call and waits for its output. The error is ErrFull, and then the call was not made, or tells that its
+// Do makes one call and waits for its output. The error is ErrBusy, and then the call was not made, or tells that its
 // batch panicked.
 func (g *Gatherer[In, Out]) Do(in In) (Out, error) {
 	answered := make(chan answer[Out], 1)
-	if !g.join(call[In, Out]{in, answered}) {
-		return *new(Out), ErrFull
+	if !g.join(call[In, Out]{in, time.Now(), answered}) {
+		return *new(Out), ErrBusy
 	}
 	a := <-answered
 	return a.out, a.err
@@ -85,10 +88,14 @@ func (g *Gatherer[In, Out]) run() {
 	}
 }
 
-// next takes the next batch out of the waiting room; none ends the run.
+// next takes the next batch out of the waiting room; none ends the run. Calls that have waited too long are refused: they
+// stand in front.
 func (g *Gatherer[In, Out]) next() []call[In, Out] {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	for now := time.Now(); len(g.waiting) > 0 && now.Sub(g.waiting[0].joined) > g.limits.Wait; g.waiting = g.waiting[1:] {
+		g.waiting[0].answer <- answer[Out]{err: ErrBusy}
+	}
 	if len(g.waiting) == 0 {
 		g.underWay--
 		return nil

@@ -53,7 +53,7 @@ func (s *stage) call(t *testing.T, group *sync.WaitGroup, in int, want error) {
 
 func TestACallAloneStartsAtOnceAndThoseMeanwhileFormTheNextBatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStage(Limits{Batch: 100, UnderWay: 1, Waiting: 100})
+		s := newStage(Limits{Batch: 100, UnderWay: 1, Waiting: 100, Wait: time.Minute})
 		began := time.Now()
 		var group sync.WaitGroup
 		s.call(t, &group, 0, nil)
@@ -80,7 +80,7 @@ func TestACallAloneStartsAtOnceAndThoseMeanwhileFormTheNextBatch(t *testing.T) {
 
 func TestBatchesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStage(Limits{Batch: 4, UnderWay: 3, Waiting: 100})
+		s := newStage(Limits{Batch: 4, UnderWay: 3, Waiting: 100, Wait: time.Minute})
 		var group sync.WaitGroup
 		for i := range 50 {
 			s.call(t, &group, i, nil)
@@ -101,7 +101,7 @@ func TestBatchesAreBounded(t *testing.T) {
 
 func TestAFullWaitingRoomRefusesAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStage(Limits{Batch: 10, UnderWay: 1, Waiting: 2})
+		s := newStage(Limits{Batch: 10, UnderWay: 1, Waiting: 2, Wait: time.Minute})
 		var group sync.WaitGroup
 		s.call(t, &group, 0, nil)
 		synctest.Wait()
@@ -109,8 +109,8 @@ func TestAFullWaitingRoomRefusesAtOnce(t *testing.T) {
 		s.call(t, &group, 2, nil)
 		synctest.Wait()
 		began := time.Now()
-		if _, err := s.Do(3); !errors.Is(err, ErrFull) {
-			t.Errorf("got %v; want ErrFull", err)
+		if _, err := s.Do(3); !errors.Is(err, ErrBusy) {
+			t.Errorf("got %v; want ErrBusy", err)
 		}
 		if waited := time.Since(began); waited != 0 {
 			t.Errorf("it was refused after %s", waited)
@@ -121,9 +121,26 @@ func TestAFullWaitingRoomRefusesAtOnce(t *testing.T) {
 	})
 }
 
+func TestACallThatHasWaitedTooLongIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStage(Limits{Batch: 1, UnderWay: 1, Waiting: 100, Wait: 1500 * time.Millisecond})
+		var group sync.WaitGroup
+		for i, want := range []error{nil, nil, ErrBusy, ErrBusy} {
+			s.call(t, &group, i, want)
+			synctest.Wait()
+		}
+		group.Wait()
+		s.call(t, &group, 4, nil)
+		group.Wait()
+		if want := [][]int{{0}, {1}, {4}}; !slices.EqualFunc(s.batches, want, slices.Equal) {
+			t.Errorf("batches %v; want %v", s.batches, want)
+		}
+	})
+}
+
 func TestAPanicAnswersItsCallersAndNoOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := New(Limits{Batch: 10, UnderWay: 1, Waiting: 10}, func(ins []int) []int {
+		g := New(Limits{Batch: 10, UnderWay: 1, Waiting: 10, Wait: time.Minute}, func(ins []int) []int {
 			time.Sleep(time.Second)
 			if slices.Contains(ins, 13) {
 				panic("thirteen")
@@ -150,14 +167,14 @@ func TestAPanicAnswersItsCallersAndNoOthers(t *testing.T) {
 }
 
 func TestABatchThatForgetsACallIsAnError(t *testing.T) {
-	g := New(Limits{Batch: 1, UnderWay: 1, Waiting: 1}, func([]int) []int { return nil })
+	g := New(Limits{Batch: 1, UnderWay: 1, Waiting: 1, Wait: time.Minute}, func([]int) []int { return nil })
 	if _, err := g.Do(1); err == nil {
 		t.Error("a call without an output has no error")
 	}
 }
 
 func BenchmarkDo(b *testing.B) {
-	g := New(Limits{Batch: 256, UnderWay: 2, Waiting: 1 << 20}, func(ins []int) []int { return ins })
+	g := New(Limits{Batch: 256, UnderWay: 2, Waiting: 1 << 20, Wait: time.Minute}, func(ins []int) []int { return ins })
 	b.ReportAllocs()
 	b.SetParallelism(64)
 	b.RunParallel(func(pb *testing.PB) {
