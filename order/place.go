@@ -271,15 +271,15 @@ func firstOfEachKey(sends []Send) []int {
 // takeKeys inserts the keys of the sends at indexes, and returns those that were free.
 func (s *Store) takeKeys(ctx context.Context, q *db.Queries, sends []Send, ids []uuid.UUID, indexes []int) (map[idempotency.Key]holding, error) {
 	p := db.InsertIdempotencyKeysParams{Retention: s.retention}
-	byID := make(map[uuid.UUID]Send, len(indexes))
-	for _, i := range indexes {
+	byID := make(map[uuid.UUID]int, len(indexes)) // where an order's key stands in p
+	for n, i := range indexes {
 		fingerprint := sends[i].Draft.Fingerprint()
 		p.Callers = append(p.Callers, sends[i].Key.Caller)
 		p.Operations = append(p.Operations, sends[i].Key.Operation)
 		p.Keys = append(p.Keys, sends[i].Key.Value)
 		p.Fingerprints = append(p.Fingerprints, fingerprint[:])
 		p.OrderIds = append(p.OrderIds, ids[i])
-		byID[ids[i]] = sends[i]
+		byID[ids[i]] = n
 	}
 	rows, err := q.InsertIdempotencyKeys(ctx, p)
 	if err != nil {
@@ -287,8 +287,10 @@ func (s *Store) takeKeys(ctx context.Context, q *db.Queries, sends []Send, ids [
 	}
 	taken := make(map[idempotency.Key]holding, len(rows))
 	for _, row := range rows {
-		send := byID[row.OrderID]
-		taken[send.Key] = holding{send.Draft.Fingerprint(), row.OrderID, row.CreatedAt.UTC(), row.ExpiresAt.UTC()}
+		n := byID[row.OrderID]
+		taken[sends[indexes[n]].Key] = holding{
+			idempotency.Fingerprint(p.Fingerprints[n]), row.OrderID, row.CreatedAt.UTC(), row.ExpiresAt.UTC(),
+		}
 	}
 	return taken, nil
 }

@@ -38,7 +38,7 @@ func (s *Server) GetReadiness(ctx context.Context, _ api.GetReadinessRequestObje
 	asked, cancel = context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
 	if err := s.Redis.Ping(asked).Err(); err != nil {
-		s.log.WarnContext(ctx, "Redis does not answer", "error", err)
+		s.Log.WarnContext(ctx, "Redis does not answer", "error", err)
 		ready.Redis = api.ReadinessRedisUnreachable
 	}
 	return ready, nil

@@ -192,7 +192,7 @@ func (s *Server) logProblem(r *http.Request, p problemType, id string, err error
 	if p.status >= http.StatusInternalServerError && r.Context().Err() == nil { // else the client left, which is no fault of ours
 		level = slog.LevelError
 	}
-	s.log.Log(r.Context(), level, "Request refused",
+	s.Log.Log(r.Context(), level, "Request refused",
 		"request", id, "method", r.Method, "path", r.URL.Path, "status", p.status, "problem", p.name, "error", err)
 }
 

@@ -52,7 +52,6 @@ const (
 // Server serves the operations of openapi.yaml.
 type Server struct {
 	Config
-	log      *slog.Logger
 	mux      *http.ServeMux
 	handler  http.Handler
 	stopping context.Context // done when the server stops: those who wait for another send give up
@@ -66,7 +65,7 @@ func New(cfg Config) *Server {
 	if cfg.ReadTimeout == 0 {
 		cfg.ReadTimeout = defaultReadTimeout
 	}
-	s := &Server{Config: cfg, log: cfg.Log, mux: http.NewServeMux()}
+	s := &Server{Config: cfg, mux: http.NewServeMux()}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	strict := api.NewStrictHandlerWithOptions(s, nil, api.StrictHTTPServerOptions{
 		RequestErrorHandlerFunc:  s.refuse,
@@ -94,7 +93,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
 
 		DisableGeneralOptionsHandler: true,
 	}
@@ -112,7 +111,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	deadline, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
 	if err := httpServer.Shutdown(deadline); err != nil {
-		s.log.WarnContext(ctx, "Requests under way took too long and were cut off", "after", stopTimeout)
+		s.Log.WarnContext(ctx, "Requests under way took too long and were cut off", "after", stopTimeout)
 		return httpServer.Close()
 	}
 	return nil
@@ -167,7 +166,7 @@ func (s *Server) recovered(next http.Handler) http.Handler {
 			case cause == http.ErrAbortHandler:
 				panic(cause)
 			case answer.begun:
-				s.log.ErrorContext(r.Context(), "An answer was cut off", "request", requestID(r.Context()), "error", &panicked{cause})
+				s.Log.ErrorContext(r.Context(), "An answer was cut off", "request", requestID(r.Context()), "error", &panicked{cause})
 				panic(http.ErrAbortHandler)
 			default:
 				s.refuse(w, r, &panicked{cause})

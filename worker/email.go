@@ -224,7 +224,8 @@ func (c *Consumer) enter(ctx context.Context, b *batch) ([]uuid.UUID, error) {
 	for id := range b.mails {
 		ids = append(ids, id)
 	}
-	slices.SortFunc(ids, func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) }) // two consumers that were delivered the same events must not wait for each other in a circle
+	// In one order: two consumers that were delivered the same events must not wait for each other in a circle.
+	slices.SortFunc(ids, func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
 	q := db.New(c.pool)
 	mine, err := q.EnterInbox(ctx, db.EnterInboxParams{
 		Consumer: EmailConsumer, EventIds: ids, Holder: c.holder, AbandonedAfter: c.abandonedAfter,
