@@ -53,7 +53,7 @@ type Order struct {
 	UserID    string
 	Amount    int64 // integer minor units
 	Status    string
-	CreatedAt time.Time // UTC, by PostgreSQL's clock
+	CreatedAt time.Time // UTC, in microseconds, by the clock of the server that placed it
 }
 
 // Send is one send of a draft under a key.

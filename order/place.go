@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -14,9 +15,9 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"idempotent-orders/gen/api"
 	"idempotent-orders/gen/db"
 	"idempotent-orders/idempotency"
-	"idempotent-orders/internal/connect"
 	"idempotent-orders/internal/gather"
 )
 
@@ -25,12 +26,6 @@ const (
 	// Together they are shorter than a reservation lasts.
 	waitTimeout = 2 * time.Second
 	timeout     = 5 * time.Second
-	// lockWait is how long a batch waits for a key that another transaction is writing, and aloneLockWait how long a send
-	// does that is placed alone, with its neighbours waiting behind it.
-	lockWait      = time.Second
-	aloneLockWait = 100 * time.Millisecond
-	// stallTimeout is when PostgreSQL ends a transaction that nobody goes on with.
-	stallTimeout = 5 * time.Second
 	// lookUpTimeout bounds the look after a commit whose outcome is unknown.
 	lookUpTimeout = 2 * time.Second
 )
@@ -100,13 +95,13 @@ func (s *Store) Recall(send Send) (Placement, error) {
 func (s *Store) findAll(sends []Send) []Result {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	held, err := find(ctx, db.New(s.pool), keysOf(sends))
+	holders, err := find(ctx, db.New(s.pool), keysOf(sends))
 	absent := idempotency.ErrNotCommitted
 	if err != nil {
 		absent = fmt.Errorf("find idempotency keys: %w: %w", ErrUnavailable, err)
 	}
-	s.memory.learn(sends, held)
-	return judgeAll(sends, make([]uuid.UUID, len(sends)), held, absent)
+	s.memory.learn(sends, holders)
+	return judgeAll(sends, make([]uuid.UUID, len(sends)), holders, absent)
 }
 
 // Get returns the caller's order, or ErrNotFound, or an error that wraps ErrUnavailable.
@@ -126,12 +121,12 @@ func (s *Store) Get(ctx context.Context, caller string, id uuid.UUID) (Order, er
 }
 
 // placeAll places a batch of sends and returns a result for each, in their order. When PostgreSQL refuses the batch for
-// the sake of one row, each send is placed alone, so that nobody pays for a neighbour.
+// what may be one row's sake, each send is placed alone, so that nobody pays for a neighbour.
 func (s *Store) placeAll(sends []Send) []Result {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	results, refused := s.insist(ctx, sends, lockWait)
-	if refused == nil || passing(refused) || len(sends) == 1 {
+	results, refused := s.insist(ctx, sends)
+	if refused == nil || !wrong(refused) && !held(refused) || len(sends) == 1 {
 		return results
 	}
 	for i := range sends {
@@ -139,115 +134,82 @@ func (s *Store) placeAll(sends []Send) []Result {
 			results[i] = Result{Err: fmt.Errorf("place orders one by one: %w: %w", ErrUnavailable, ctx.Err())}
 			continue
 		}
-		alone, _ := s.insist(ctx, sends[i:i+1], aloneLockWait)
+		alone, _ := s.insist(ctx, sends[i:i+1])
 		results[i] = alone[0]
 	}
 	return results
 }
 
 // insist places a batch, and again when others stood in its way by a deadlock or a serialization failure.
-func (s *Store) insist(ctx context.Context, sends []Send, lockWait time.Duration) ([]Result, *pgconn.PgError) {
+func (s *Store) insist(ctx context.Context, sends []Send) ([]Result, *pgconn.PgError) {
 	const tries = 3
 	for try := 1; ; try++ {
-		results, refused := s.placeBatch(ctx, sends, lockWait)
+		results, refused := s.placeBatch(ctx, sends)
 		if refused == nil || !passing(refused) || try == tries {
 			return results, refused
 		}
 	}
 }
 
-// passing tells whether PostgreSQL refused a transaction only for what others did at the same time.
-func passing(refused *pgconn.PgError) bool {
-	return refused.Code == "40001" || refused.Code == "40P01" // serialization_failure, deadlock_detected
+// refusal returns what PostgreSQL refused a statement for, if it did: then nothing was committed. Any other error leaves the
+// outcome unknown. (A session that is ended while its commit waits for a standby is closed without an error.)
+func refusal(err error) *pgconn.PgError {
+	var refused *pgconn.PgError
+	errors.As(err, &refused)
+	return refused
 }
+
+// wrong tells whether a batch was refused for what is in it (SQLSTATE classes 22 and 23): sent again it will be again.
+func wrong(refused *pgconn.PgError) bool {
+	return strings.HasPrefix(refused.Code, "22") || strings.HasPrefix(refused.Code, "23")
+}
+
+// held tells whether a batch was refused because it waited too long for a row that another transaction holds:
+// lock_not_available, or query_canceled by a statement_timeout.
+func held(refused *pgconn.PgError) bool { return refused.Code == "55P03" || refused.Code == "57014" }
+
+// passing tells whether a batch was refused for what others did at the same time: serialization_failure, deadlock_detected.
+func passing(refused *pgconn.PgError) bool { return refused.Code == "40001" || refused.Code == "40P01" }
 
 // placeBatch places a batch of sends in one transaction and returns a result for each, in their order, and what
 // PostgreSQL refused the batch for, if it did.
-func (s *Store) placeBatch(ctx context.Context, sends []Send, lockWait time.Duration) ([]Result, *pgconn.PgError) {
-	ids := newIDs(len(sends))
-	var held map[idempotency.Key]holding
-	committing := false
-	err := pgx.BeginTxFunc(ctx, s.pool, connect.Tx(stallTimeout, lockWait), func(tx pgx.Tx) (err error) {
-		held, err = s.placeTx(ctx, tx, sends, ids)
-		committing = err == nil
-		return err
-	})
-	if err != nil && !committing {
-		refused, err := refusal(err)
-		return judgeAll(sends, ids, nil, fmt.Errorf("place orders: %w", err)), refused
-	}
-	absent := ErrUnavailable // a key that was lost to another send, and gone when it was read
+func (s *Store) placeBatch(ctx context.Context, sends []Send) ([]Result, *pgconn.PgError) {
+	ids, firsts := newIDs(len(sends)), firstOfEachKey(sends)
+	none := func(err error) []Result { return judgeAll(sends, ids, nil, fmt.Errorf("place orders: %w", err)) }
+	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
+		return none(fmt.Errorf("%w: %w", ErrUnavailable, err)), nil
+	}
+	holders, err := s.write(ctx, db.New(conn), sends, ids, firsts)
+	conn.Release()
+	refused := refusal(err)
+	switch {
+	case refused != nil && wrong(refused):
+		return none(err), refused
+	case refused != nil || pgconn.SafeToRetry(err):
+		return none(fmt.Errorf("%w: %w", ErrUnavailable, err)), refused
+	}
+	var absent error
+	if err == nil {
+		absent = s.findLosers(ctx, sends, firsts, holders)
+	} else {
 		var lookUpErr error
-		held, lookUpErr = s.lookUp(ctx, keysOf(sends))
+		holders, lookUpErr = s.lookUp(ctx, keysOf(sends))
 		absent = errors.Join(idempotency.ErrOutcomeUnknown, err, lookUpErr)
 	}
-	s.memory.learn(sends, held)
-	results := judgeAll(sends, ids, held, absent)
+	s.memory.learn(sends, holders)
+	results := judgeAll(sends, ids, holders, absent)
 	if slices.ContainsFunc(results, func(r Result) bool { return r.Err == nil && !r.Placement.Replayed }) {
 		s.committed()
 	}
 	return results, nil
 }
 
-// refusal returns what PostgreSQL refused a batch for, if it answered: rows that are wrong (SQLSTATE classes 22 and 23),
-// which sending them again would not change; what others did at the same time; or a row that another transaction holds
-// (lock_not_available, or query_canceled by a statement_timeout). All but the first make it unavailable, as any other error.
-func refusal(err error) (*pgconn.PgError, error) {
-	var refused *pgconn.PgError
-	if !errors.As(err, &refused) {
-		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
-	}
-	switch {
-	case strings.HasPrefix(refused.Code, "22"), strings.HasPrefix(refused.Code, "23"):
-		return refused, err
-	case passing(refused), refused.Code == "55P03", refused.Code == "57014":
-		return refused, fmt.Errorf("%w: %w", ErrUnavailable, err)
-	default:
-		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
-	}
-}
-
 // holding is a key and the order it holds.
 type holding struct {
 	fingerprint idempotency.Fingerprint
 	orderID     uuid.UUID
-	createdAt   time.Time
 	expiresAt   time.Time
-}
-
-// placeTx writes the keys, orders and outbox events of a batch in the caller's transaction, and returns who holds each
-// key. ids are the ids that the orders get if their sends win. Two sends of one key meet here: the first stands for both.
-func (s *Store) placeTx(ctx context.Context, tx pgx.Tx, sends []Send, ids []uuid.UUID) (map[idempotency.Key]holding, error) {
-	q := db.New(tx)
-	firsts := firstOfEachKey(sends)
-	held, err := s.takeKeys(ctx, q, sends, ids, firsts)
-	if err != nil {
-		return nil, err
-	}
-	winners, losers := firsts[:0:0], []idempotency.Key(nil)
-	for _, i := range firsts {
-		if _, won := held[sends[i].Key]; won {
-			winners = append(winners, i)
-		} else {
-			losers = append(losers, sends[i].Key)
-		}
-	}
-	if len(winners) > 0 {
-		if err := insertOrders(ctx, q, sends, ids, winners, held); err != nil {
-			return nil, err
-		}
-	}
-	if len(losers) > 0 {
-		lost, err := find(ctx, q, losers)
-		if err != nil {
-			return nil, fmt.Errorf("read keys that are held: %w", err)
-		}
-		for key, holder := range lost {
-			held[key] = holder
-		}
-	}
-	return held, nil
 }
 
 // firstOfEachKey returns the index of the first send of each key, in the order of keys: two batches that share keys then
@@ -268,67 +230,63 @@ func firstOfEachKey(sends []Send) []int {
 	return firsts
 }
 
-// takeKeys inserts the keys of the sends at indexes, and returns those that were free.
-func (s *Store) takeKeys(ctx context.Context, q *db.Queries, sends []Send, ids []uuid.UUID, indexes []int) (map[idempotency.Key]holding, error) {
-	p := db.InsertIdempotencyKeysParams{Retention: s.retention}
-	byID := make(map[uuid.UUID]int, len(indexes)) // where an order's key stands in p
-	for n, i := range indexes {
-		fingerprint := sends[i].Draft.Fingerprint()
-		p.Callers = append(p.Callers, sends[i].Key.Caller)
-		p.Operations = append(p.Operations, sends[i].Key.Operation)
-		p.Keys = append(p.Keys, sends[i].Key.Value)
+// write writes the keys, orders and outbox events of the sends at firsts in one statement, which is a transaction of its
+// own, and returns the keys that were free. ids are the ids that the orders get.
+func (s *Store) write(ctx context.Context, q *db.Queries, sends []Send, ids []uuid.UUID, firsts []int) (map[idempotency.Key]holding, error) {
+	now := time.Now().UTC().Truncate(time.Microsecond) // what PostgreSQL keeps
+	p := db.PlaceOrdersParams{
+		EventType: string(api.OrderCreatedV1TypeOrderCreated), Source: string(api.OrderCreatedV1SourceOrders),
+		CreatedAt: now, Retention: s.retention,
+	}
+	byID := make(map[uuid.UUID]int, len(firsts)) // where an order stands in p
+	for n, i := range firsts {
+		send, fingerprint := sends[i], sends[i].Draft.Fingerprint()
+		event := CreatedEvent(newID(), Order{ID: ids[i], UserID: send.Draft.UserID, Amount: send.Draft.Amount, CreatedAt: now}, send.Traceparent)
+		data, err := payload(event)
+		if err != nil {
+			return nil, err
+		}
+		p.Callers = append(p.Callers, send.Key.Caller)
+		p.Operations = append(p.Operations, send.Key.Operation)
+		p.Keys = append(p.Keys, send.Key.Value)
 		p.Fingerprints = append(p.Fingerprints, fingerprint[:])
 		p.OrderIds = append(p.OrderIds, ids[i])
+		p.UserIds = append(p.UserIds, send.Draft.UserID)
+		p.Amounts = append(p.Amounts, send.Draft.Amount)
+		p.EventIds = append(p.EventIds, event.Id)
+		p.Payloads = append(p.Payloads, data)
+		p.Traceparents = append(p.Traceparents, send.Traceparent)
 		byID[ids[i]] = n
 	}
-	rows, err := q.InsertIdempotencyKeys(ctx, p)
+	rows, err := q.PlaceOrders(ctx, p)
 	if err != nil {
-		return nil, fmt.Errorf("insert idempotency keys: %w", err)
+		return nil, err
 	}
-	taken := make(map[idempotency.Key]holding, len(rows))
+	taken := make(map[idempotency.Key]holding, len(sends))
 	for _, row := range rows {
 		n := byID[row.OrderID]
-		taken[sends[indexes[n]].Key] = holding{
-			idempotency.Fingerprint(p.Fingerprints[n]), row.OrderID, row.CreatedAt.UTC(), row.ExpiresAt.UTC(),
-		}
+		taken[sends[firsts[n]].Key] = holding{idempotency.Fingerprint(p.Fingerprints[n]), row.OrderID, row.ExpiresAt.UTC()}
 	}
 	return taken, nil
 }
 
-// insertOrders inserts the orders of the sends at indexes, which hold their keys, and the events that announce them.
-func insertOrders(ctx context.Context, q *db.Queries, sends []Send, ids []uuid.UUID, indexes []int, held map[idempotency.Key]holding) error {
-	var orders db.InsertOrdersParams
-	var events db.InsertOutboxEventsParams
-	eventIDs := newIDs(len(indexes))
-	for n, i := range indexes {
-		send := sends[i]
-		event := CreatedEvent(eventIDs[n], Order{
-			ID: ids[i], UserID: send.Draft.UserID, Amount: send.Draft.Amount, CreatedAt: held[send.Key].createdAt,
-		}, send.Traceparent)
-		data, err := payload(event)
-		if err != nil {
-			return err
+// findLosers adds those keys of the sends at firsts that others hold. It returns the error for a send whose key it did not find.
+func (s *Store) findLosers(ctx context.Context, sends []Send, firsts []int, holders map[idempotency.Key]holding) error {
+	var lost []idempotency.Key
+	for _, i := range firsts {
+		if _, won := holders[sends[i].Key]; !won {
+			lost = append(lost, sends[i].Key)
 		}
-
-		orders.Ids = append(orders.Ids, ids[i])
-		orders.Callers = append(orders.Callers, send.Key.Caller)
-		orders.UserIds = append(orders.UserIds, send.Draft.UserID)
-		orders.Amounts = append(orders.Amounts, send.Draft.Amount)
-
-		events.EventIds = append(events.EventIds, event.Id)
-		events.AggregateIds = append(events.AggregateIds, event.Subject)
-		events.EventTypes = append(events.EventTypes, string(event.Type))
-		events.Sources = append(events.Sources, string(event.Source))
-		events.Payloads = append(events.Payloads, data)
-		events.Traceparents = append(events.Traceparents, send.Traceparent)
 	}
-	if err := q.InsertOrders(ctx, orders); err != nil {
-		return fmt.Errorf("insert orders: %w", err)
+	if len(lost) == 0 {
+		return nil
 	}
-	if err := q.InsertOutboxEvents(ctx, events); err != nil {
-		return fmt.Errorf("insert outbox events: %w", err)
+	others, err := find(ctx, db.New(s.pool), lost)
+	maps.Copy(holders, others)
+	if err != nil {
+		return fmt.Errorf("find keys that are held: %w: %w", ErrUnavailable, err)
 	}
-	return nil
+	return ErrUnavailable // lost to another send, and gone when it was read
 }
 
 // find returns who holds each of the keys; keys that nobody holds are left out.
@@ -343,16 +301,16 @@ func find(ctx context.Context, q *db.Queries, keys []idempotency.Key) (map[idemp
 	if err != nil {
 		return nil, err
 	}
-	held := make(map[idempotency.Key]holding, len(rows))
+	holders := make(map[idempotency.Key]holding, len(rows))
 	for _, row := range rows {
 		key := idempotency.Key{Caller: row.Caller, Operation: row.Operation, Value: row.Key}
-		held[key] = holding{idempotency.Fingerprint(row.Fingerprint), row.OrderID, row.CreatedAt.UTC(), row.ExpiresAt.UTC()}
+		holders[key] = holding{idempotency.Fingerprint(row.Fingerprint), row.OrderID, row.ExpiresAt.UTC()}
 	}
-	return held, nil
+	return holders, nil
 }
 
-// lookUp asks who holds the keys after a COMMIT that returned an error, which is an unknown, not a failure. It asks over
-// a connection of its own: those of the pool may be as broken as the one that failed.
+// lookUp asks who holds the keys after a statement, and with it the commit, returned an error that is no refusal: an
+// unknown, not a failure. It asks over a connection of its own: those of the pool may be as broken as the one that failed.
 func (s *Store) lookUp(ctx context.Context, keys []idempotency.Key) (map[idempotency.Key]holding, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lookUpTimeout)
 	defer cancel()
@@ -365,17 +323,17 @@ func (s *Store) lookUp(ctx context.Context, keys []idempotency.Key) (map[idempot
 }
 
 // judgeAll gives each send its result.
-func judgeAll(sends []Send, ids []uuid.UUID, held map[idempotency.Key]holding, absent error) []Result {
+func judgeAll(sends []Send, ids []uuid.UUID, holders map[idempotency.Key]holding, absent error) []Result {
 	results := make([]Result, len(sends))
 	for i, send := range sends {
-		results[i] = judge(send, ids[i], held, absent)
+		results[i] = judge(send, ids[i], holders, absent)
 	}
 	return results
 }
 
 // judge gives a send its result: the order under its key, a mismatch, or the error absent when nobody holds the key.
-func judge(send Send, id uuid.UUID, held map[idempotency.Key]holding, absent error) Result {
-	holder, ok := held[send.Key]
+func judge(send Send, id uuid.UUID, holders map[idempotency.Key]holding, absent error) Result {
+	holder, ok := holders[send.Key]
 	if !ok {
 		return Result{Err: absent}
 	}
@@ -405,7 +363,9 @@ func keysOf(sends []Send) []idempotency.Key {
 func newIDs(n int) []uuid.UUID {
 	ids := make([]uuid.UUID, n)
 	for i := range ids {
-		ids[i] = uuid.Must(uuid.NewV7())
+		ids[i] = newID()
 	}
 	return ids
 }
+
+func newID() uuid.UUID { return uuid.Must(uuid.NewV7()) }

@@ -1,9 +1,3 @@
--- name: InsertOutboxEvents :exec
--- An empty traceparent is stored as NULL.
-INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload, traceparent)
-SELECT unnest(@event_ids::uuid[]), unnest(@aggregate_ids::uuid[]), unnest(@event_types::text[]), unnest(@sources::text[]),
-       unnest(@payloads::json[]), NULLIF(unnest(@traceparents::text[]), '');
-
 -- name: TakeTurn :one
 -- The turn ends with the transaction.
 SELECT pg_try_advisory_xact_lock(@turn::bigint);

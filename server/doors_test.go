@@ -172,7 +172,7 @@ func TestAStoppingServerLetsWaitersGoAndFinishesTheRest(t *testing.T) {
 		answered <- got
 	}
 	go send(placing)
-	api.eventuallyRuns("InsertOrders")
+	api.eventuallyRuns("PlaceOrders")
 	go send(waiting, "Prefer", "wait=10")
 	api.eventuallyRuns("FindIdempotencyKeys")
 	stopped := make(chan struct{})

@@ -230,7 +230,7 @@ func TestAKeyInUseIsRefusedOrWaitedFor(t *testing.T) {
 		}
 		first <- got
 	}()
-	api.eventuallyRuns("InsertOrders")
+	api.eventuallyRuns("PlaceOrders")
 
 	api.place("k", "").problem(t, 409, "request-in-progress")
 	api.place("k", `{"amount":1}`).problem(t, 409, "request-in-progress") // only what is committed can be a mismatch

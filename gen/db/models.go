@@ -10,16 +10,6 @@ import (
 	"github.com/google/uuid"
 )
 
-type IdempotencyKey struct {
-	Caller      string
-	Operation   string
-	Key         string
-	Fingerprint []byte
-	OrderID     uuid.UUID
-	CreatedAt   time.Time
-	ExpiresAt   time.Time
-}
-
 type Order struct {
 	ID        uuid.UUID
 	Caller    string

@@ -7,6 +7,7 @@ package db
 
 import (
 	"context"
+	"time"
 
 	"github.com/google/uuid"
 )
@@ -36,24 +37,88 @@ func (q *Queries) GetOrder(ctx context.Context, arg GetOrderParams) (Order, erro
 	return i, err
 }
 
-const insertOrders = `-- name: InsertOrders :exec
-INSERT INTO orders (id, caller, user_id, amount)
-SELECT unnest($1::uuid[]), unnest($2::text[]), unnest($3::text[]), unnest($4::bigint[])
+const placeOrders = `-- name: PlaceOrders :many
+WITH sent AS MATERIALIZED (
+    SELECT unnest($1::text[]) AS caller, unnest($2::text[]) AS operation, unnest($3::text[]) AS key,
+           unnest($4::bytea[]) AS fingerprint, unnest($5::uuid[]) AS order_id,
+           unnest($6::text[]) AS user_id, unnest($7::bigint[]) AS amount, unnest($8::uuid[]) AS event_id,
+           unnest($9::json[]) AS payload, unnest($10::text[]) AS traceparent
+), taken AS (
+    INSERT INTO idempotency_keys AS held (caller, operation, key, fingerprint, order_id, expires_at)
+    SELECT caller, operation, key, fingerprint, order_id, now() + $11::interval FROM sent
+    ON CONFLICT (caller, operation, key) DO UPDATE
+    SET fingerprint = excluded.fingerprint, order_id = excluded.order_id,
+        created_at = excluded.created_at, expires_at = excluded.expires_at
+    WHERE held.expires_at <= now()
+    RETURNING order_id, expires_at
+), placed AS (
+    INSERT INTO orders (id, caller, user_id, amount, created_at)
+    SELECT order_id, caller, user_id, amount, $12::timestamptz FROM sent JOIN taken USING (order_id)
+), announced AS (
+    INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload, traceparent, created_at)
+    SELECT event_id, order_id, $13::text, $14::text, payload, NULLIF(traceparent, ''), $12
+    FROM sent JOIN taken USING (order_id)
+)
+SELECT order_id, expires_at FROM taken
 `
 
-type InsertOrdersParams struct {
-	Ids     []uuid.UUID
-	Callers []string
-	UserIds []string
-	Amounts []int64
+type PlaceOrdersParams struct {
+	Callers      []string
+	Operations   []string
+	Keys         []string
+	Fingerprints [][]byte
+	OrderIds     []uuid.UUID
+	UserIds      []string
+	Amounts      []int64
+	EventIds     []uuid.UUID
+	Payloads     [][]byte
+	Traceparents []string
+	Retention    time.Duration
+	CreatedAt    time.Time
+	EventType    string
+	Source       string
 }
 
-func (q *Queries) InsertOrders(ctx context.Context, arg InsertOrdersParams) error {
-	_, err := q.db.Exec(ctx, insertOrders,
-		arg.Ids,
+type PlaceOrdersRow struct {
+	OrderID   uuid.UUID
+	ExpiresAt time.Time
+}
+
+// Places a batch of orders: takes each key that is free or has expired, and writes an order and its outbox event for each
+// key it took. Returns those. A key without a row belongs to a committed send; one that another transaction is writing is
+// waited for. No key may stand twice in a batch, and all batches must be in the same order of keys, or two of them may
+// deadlock. An empty traceparent is stored as NULL.
+func (q *Queries) PlaceOrders(ctx context.Context, arg PlaceOrdersParams) ([]PlaceOrdersRow, error) {
+	rows, err := q.db.Query(ctx, placeOrders,
 		arg.Callers,
+		arg.Operations,
+		arg.Keys,
+		arg.Fingerprints,
+		arg.OrderIds,
 		arg.UserIds,
 		arg.Amounts,
+		arg.EventIds,
+		arg.Payloads,
+		arg.Traceparents,
+		arg.Retention,
+		arg.CreatedAt,
+		arg.EventType,
+		arg.Source,
 	)
-	return err
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []PlaceOrdersRow{}
+	for rows.Next() {
+		var i PlaceOrdersRow
+		if err := rows.Scan(&i.OrderID, &i.ExpiresAt); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
 }

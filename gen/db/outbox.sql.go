@@ -79,34 +79,6 @@ func (q *Queries) CreateOutboxPartitions(ctx context.Context, daysAhead int32) (
 	return created, err
 }
 
-const insertOutboxEvents = `-- name: InsertOutboxEvents :exec
-INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload, traceparent)
-SELECT unnest($1::uuid[]), unnest($2::uuid[]), unnest($3::text[]), unnest($4::text[]),
-       unnest($5::json[]), NULLIF(unnest($6::text[]), '')
-`
-
-type InsertOutboxEventsParams struct {
-	EventIds     []uuid.UUID
-	AggregateIds []uuid.UUID
-	EventTypes   []string
-	Sources      []string
-	Payloads     [][]byte
-	Traceparents []string
-}
-
-// An empty traceparent is stored as NULL.
-func (q *Queries) InsertOutboxEvents(ctx context.Context, arg InsertOutboxEventsParams) error {
-	_, err := q.db.Exec(ctx, insertOutboxEvents,
-		arg.EventIds,
-		arg.AggregateIds,
-		arg.EventTypes,
-		arg.Sources,
-		arg.Payloads,
-		arg.Traceparents,
-	)
-	return err
-}
-
 const takeTurn = `-- name: TakeTurn :one
 SELECT pg_try_advisory_xact_lock($1::bigint)
 `

@@ -27,6 +27,16 @@ const (
 	maxConns = 16
 )
 
+// session is what each connection is told, whatever the database's defaults are. Statements are planned once for each
+// connection, when the tables may still be empty; each finds its rows by an index, and shall go on to when they are full.
+const session = `
+SET default_transaction_isolation = 'read committed';
+SET default_transaction_read_only = off;
+SET lock_timeout = '1s';
+SET plan_cache_mode = force_generic_plan;
+SET enable_seqscan = off;
+SET enable_bitmapscan = off`
+
 // PostgreSQL opens a pool on the database at url and makes sure that it answers. The url may set the pool's own
 // parameters, such as pool_max_conns.
 func PostgreSQL(ctx context.Context, url string) (*pgxpool.Pool, error) {
@@ -48,8 +58,7 @@ func PostgreSQL(ctx context.Context, url string) (*pgxpool.Pool, error) {
 	}
 	cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 		pgxuuid.Register(conn.TypeMap()) // else each UUID goes as text
-		// A plan that was made for any parameters when a table was small would go on scanning it when it is large.
-		_, err := conn.Exec(ctx, "SET plan_cache_mode = force_custom_plan")
+		_, err := conn.Exec(ctx, session)
 		return err
 	}
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
