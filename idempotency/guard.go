@@ -134,7 +134,7 @@ func placeReserved[T any](g *Guard, send Send[T], token string) (T, error) {
 	placed, err := send.Place()
 	switch {
 	case err == nil, errors.Is(err, ErrMismatch):
-		g.complete(send.Key, token)
+		g.calls.Tell(g.completion(send.Key, token))
 	case errors.Is(err, ErrOutcomeUnknown):
 	default:
 		g.release(send.Key, token)

@@ -52,12 +52,13 @@ func (g *Guard) reserve(key Key, token string) state {
 	}
 }
 
-// complete and release are told, not asked: when they fail, the reservation expires by itself.
-
-func (g *Guard) complete(key Key, token string) {
-	_, _ = g.calls.Do(call{lua.Complete, key, []any{token, g.retention.Milliseconds()}})
+// completion tells that a send of the key was committed. Nobody has to wait for it: until then, or should it fail, a send that
+// finds the reservation looks in PostgreSQL.
+func (g *Guard) completion(key Key, token string) call {
+	return call{lua.Complete, key, []any{token, g.retention.Milliseconds()}}
 }
 
+// release gives the reservation back. When it fails, the reservation expires by itself.
 func (g *Guard) release(key Key, token string) {
 	_, _ = g.calls.Do(call{lua.Release, key, []any{token}})
 }

@@ -41,7 +41,7 @@ type Gatherer[In, Out any] struct {
 type call[In, Out any] struct {
 	in     In
 	joined time.Time
-	answer chan<- answer[Out] // of room for one
+	answer chan<- answer[Out] // of room for one; nil when nobody waits
 }
 
 type answer[Out any] struct {
@@ -65,6 +65,9 @@ func (g *Gatherer[In, Out]) Do(in In) (Out, error) {
 	a := <-answered
 	return a.out, a.err
 }
+
+// Tell makes one call and does not wait for it; nobody learns what became of it.
+func (g *Gatherer[In, Out]) Tell(in In) { g.join(call[In, Out]{in, time.Now(), nil}) }
 
 // join puts a call into the waiting room, if there is room, and starts a batch, if one may start.
 func (g *Gatherer[In, Out]) join(c call[In, Out]) bool {
@@ -94,7 +97,7 @@ func (g *Gatherer[In, Out]) next() []call[In, Out] {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for now := time.Now(); len(g.waiting) > 0 && now.Sub(g.waiting[0].joined) > g.limits.Wait; g.waiting = g.waiting[1:] {
-		g.waiting[0].answer <- answer[Out]{err: ErrBusy}
+		g.waiting[0].reply(answer[Out]{err: ErrBusy})
 	}
 	if len(g.waiting) == 0 {
 		g.underWay--
@@ -118,10 +121,16 @@ func (g *Gatherer[In, Out]) answer(batch []call[In, Out]) {
 	outs, err := g.try(ins)
 	for i, c := range batch {
 		if err != nil {
-			c.answer <- answer[Out]{err: err}
+			c.reply(answer[Out]{err: err})
 		} else {
-			c.answer <- answer[Out]{out: outs[i]}
+			c.reply(answer[Out]{out: outs[i]})
 		}
+	}
+}
+
+func (c call[In, Out]) reply(a answer[Out]) {
+	if c.answer != nil {
+		c.answer <- a
 	}
 }
 

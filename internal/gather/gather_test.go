@@ -185,3 +185,25 @@ func BenchmarkDo(b *testing.B) {
 		}
 	})
 }
+
+func TestACallThatIsToldIsMadeAndNobodyWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStage(Limits{Batch: 100, UnderWay: 1, Waiting: 2, Wait: 1500 * time.Millisecond})
+		began := time.Now()
+		for in := range 4 { // one under way, two waiting, one too many
+			s.Tell(in)
+			synctest.Wait()
+		}
+		if took := time.Since(began); took != 0 {
+			t.Errorf("telling took %s", took)
+		}
+		var group sync.WaitGroup
+		s.call(t, &group, 4, ErrBusy)
+		group.Wait()
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if want := [][]int{{0}, {1, 2}}; !slices.EqualFunc(s.batches, want, slices.Equal) {
+			t.Errorf("batches %v; want %v", s.batches, want)
+		}
+	})
+}
