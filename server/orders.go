@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	"idempotent-orders/gen/api"
@@ -14,14 +13,11 @@ import (
 // anonymous is the caller of every request while no API keys are configured.
 const anonymous = "anonymous"
 
-// PlaceOrder places an order, or repeats the answer to an earlier send of the same.
+// PlaceOrder places an order, or repeats the answer to an earlier send of the same. The body has every member.
 func (s *Server) PlaceOrder(ctx context.Context, request api.PlaceOrderRequestObject) (api.PlaceOrderResponseObject, error) {
 	key, err := idempotency.ParseKey(request.Params.IdempotencyKey)
 	if err != nil {
 		return nil, err
-	}
-	if request.Body == nil || request.Body.UserId == nil || request.Body.Amount == nil {
-		return nil, fmt.Errorf("%w: the body was not read by strictBody", errInternal)
 	}
 	send := order.Send{
 		Key:   idempotency.Key{Caller: anonymous, Operation: order.Operation, Value: key},

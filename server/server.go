@@ -71,9 +71,8 @@ func New(cfg Config) *Server {
 		RequestErrorHandlerFunc:  s.refuse,
 		ResponseErrorHandlerFunc: s.refuse,
 	})
-	api.HandlerWithOptions(strict, api.StdHTTPServerOptions{
+	api.HandlerWithOptions(strictly{strict, s}, api.StdHTTPServerOptions{
 		BaseRouter:       s.mux,
-		Middlewares:      []api.MiddlewareFunc{s.strictBody},
 		ErrorHandlerFunc: s.refuseParameter,
 	})
 	s.handler = s.identified(s.recovered(s.tidied(http.HandlerFunc(s.route))))

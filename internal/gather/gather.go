@@ -106,8 +106,8 @@ func (g *Gatherer[In, Out]) next() []call[In, Out] {
 	n := min(len(g.waiting), g.limits.Batch)
 	batch := g.waiting[:n:n]
 	g.waiting = g.waiting[n:]
-	if len(g.waiting) == 0 {
-		g.waiting = nil // let go of what the batches hold
+	if len(g.waiting) == 0 { // let go of what the batches hold, with room for as many again
+		g.waiting = make([]call[In, Out], 0, n)
 	}
 	return batch
 }
