@@ -1,13 +1,17 @@
 -- name: TakeTurn :one
--- The turn ends with the transaction.
-SELECT pg_try_advisory_xact_lock(@turn::bigint);
+-- The turn ends with the transaction. Every transaction before oldest_xid has ended, and none from next_xid on had begun to
+-- write when the query was; last_id is the last id that the outbox had given out.
+SELECT pg_try_advisory_xact_lock(@turn::bigint) AS taken,
+       pg_snapshot_xmin(now.snapshot)::text::bigint AS oldest_xid, pg_snapshot_xmax(now.snapshot)::text::bigint AS next_xid,
+       COALESCE(pg_sequence_last_value('outbox_id_seq'), 0)::bigint AS last_id
+FROM (SELECT pg_current_snapshot() AS snapshot) AS now;
 
 -- name: ClaimOutboxBatch :many
--- Moves the next events, in the order of id, from the outbox to the archive, and returns them. The claim is
+-- Moves the next events above the floor, in the order of id, from the outbox to the archive, and returns them. The claim is
 -- materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more. The rows are deleted by an
 -- array of ids: a join, once it was planned for an empty outbox, would scan a full one.
 WITH claimed AS MATERIALIZED (
-    SELECT o.id FROM outbox o ORDER BY o.id LIMIT @batch_size FOR UPDATE SKIP LOCKED
+    SELECT o.id FROM outbox o WHERE o.id > @floor ORDER BY o.id LIMIT @batch_size FOR UPDATE SKIP LOCKED
 ), moved AS (
     DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT claimed.id FROM claimed))
     RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
@@ -16,6 +20,10 @@ WITH claimed AS MATERIALIZED (
     SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved
 )
 SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved ORDER BY id;
+
+-- name: FindLowestOutboxID :one
+-- The lowest id that is left at or below the floor; 0 when there is none.
+SELECT COALESCE((SELECT id FROM outbox WHERE id <= @floor ORDER BY id LIMIT 1), 0)::bigint;
 
 -- name: CreateOutboxPartitions :one
 SELECT create_outbox_partitions(@days_ahead::integer)::integer AS created;

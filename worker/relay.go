@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -18,8 +20,8 @@ import (
 const (
 	// relayBatch is the most events a relay claims at once.
 	relayBatch = 1000
-	// turn is the advisory lock that a relay holds while it publishes: one at a time, so the order is kept.
-	turn = 0x6f7574626f78 // "outbox"
+	// turnLock is the advisory lock that a relay holds while it publishes: one at a time, so the order is kept.
+	turnLock = 0x6f7574626f78 // "outbox"
 	// publishTimeout bounds the one slow thing that happens inside a transaction.
 	publishTimeout = 3 * time.Second
 	// stallTimeout is when PostgreSQL ends the transaction of a relay that does nothing. It is longer than publishing may
@@ -31,6 +33,8 @@ const (
 	idleLeast, idleMost = 5 * time.Millisecond, 250 * time.Millisecond
 	// A relay that failed tries again after failedLeast, then less and less often.
 	failedLeast, failedMost = 50 * time.Millisecond, 2 * time.Second
+	// lookEvery is how often a relay looks for events below the floor, and lookTimeout how long that may take.
+	lookEvery, lookTimeout = time.Minute, 30 * time.Second
 )
 
 // Relay moves outbox events to a broker. Any number may run, in any number of processes: they alternate turns.
@@ -41,6 +45,7 @@ type Relay struct {
 	nudged       chan struct{}
 	stallTimeout time.Duration
 	timeout      time.Duration
+	floor        floor
 }
 
 // NewRelay returns a relay from the outbox of a migrated database to publisher.
@@ -60,6 +65,9 @@ func (r *Relay) Nudge() {
 func (r *Relay) Run(ctx context.Context) {
 	idle, failed := backoff{least: idleLeast, most: idleMost}, backoff{least: failedLeast, most: failedMost}
 	publishing := trouble{log: r.log, doing: "Publishing outbox events"}
+	var looking sync.WaitGroup
+	defer looking.Wait()
+	looking.Go(func() { r.keepLooking(ctx) })
 	for ctx.Err() == nil {
 		published, err := r.runOnce(ctx)
 		publishing.note(ctx, err)
@@ -90,27 +98,58 @@ func (r *Relay) Drain(ctx context.Context) error {
 func (r *Relay) runOnce(ctx context.Context) (int, error) {
 	ctx, cancel := finishing(ctx, r.timeout)
 	defer cancel()
-	published := 0
-	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout, 0), func(tx pgx.Tx) error {
+	var turn db.TakeTurnRow
+	var claimed []db.ClaimOutboxBatchRow
+	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout, 0), func(tx pgx.Tx) (err error) {
 		q := db.New(tx)
-		taken, err := q.TakeTurn(ctx, turn)
-		if err != nil {
+		if turn, err = q.TakeTurn(ctx, turnLock); err != nil {
 			return fmt.Errorf("take the turn: %w", err)
 		}
-		if !taken {
+		if !turn.Taken {
 			return nil
 		}
-		rows, err := q.ClaimOutboxBatch(ctx, relayBatch)
-		if err != nil {
+		if claimed, err = q.ClaimOutboxBatch(ctx, db.ClaimOutboxBatchParams{Floor: r.floor.get(), BatchSize: relayBatch}); err != nil {
 			return fmt.Errorf("claim a batch: %w", err)
 		}
-		published = len(rows)
-		return r.publish(ctx, rows)
+		return r.publish(ctx, claimed)
 	})
 	if err != nil {
 		return 0, err
 	}
-	return published, nil
+	switch {
+	case len(claimed) == relayBatch:
+		r.floor.raise(turn, claimed[relayBatch-1].ID)
+	case turn.Taken:
+		r.floor.raise(turn, math.MaxInt64)
+	}
+	return len(claimed), nil
+}
+
+// keepLooking looks below the floor from time to time, until ctx is done.
+func (r *Relay) keepLooking(ctx context.Context) {
+	for ticker := time.NewTicker(lookEvery); ; {
+		select {
+		case <-ctx.Done():
+			ticker.Stop()
+			return
+		case <-ticker.C:
+			r.look(ctx) // whatever keeps it from looking keeps the relay from publishing, which says so
+		}
+	}
+}
+
+// look searches for events at or below the floor, and lowers the floor below the first it finds. It does not take the turn,
+// and may walk over everything that was ever published: others go on meanwhile.
+func (r *Relay) look(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	found, err := db.New(r.pool).FindLowestOutboxID(ctx, r.floor.get())
+	if err != nil || found == 0 {
+		return
+	}
+	r.log.WarnContext(ctx, "An event was left behind, and is published now", "id", found)
+	r.floor.lower(found)
+	r.Nudge()
 }
 
 func (r *Relay) publish(ctx context.Context, rows []db.ClaimOutboxBatchRow) error {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 
@@ -66,6 +67,16 @@ func (b *bench) place(n int) []uuid.UUID {
 		ids[i] = placed.OrderID
 	}
 	return ids
+}
+
+// fill writes n events of orders that do not exist into the outbox.
+func (b *bench) fill(n int) {
+	b.t.Helper()
+	_, err := b.pool.Exec(b.t.Context(), `INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload)
+		SELECT gen_random_uuid(), gen_random_uuid(), 'order.created.v1', '/orders', '{}' FROM generate_series(1, $1)`, n)
+	if err != nil {
+		b.t.Fatal(err)
+	}
 }
 
 func (b *bench) relay(p broker.Publisher) *Relay {
@@ -398,7 +409,9 @@ func TestALowIDThatCommitsLateIsPublished(t *testing.T) {
 	early := b.place(2) // later ids, committed first
 	relay := b.relay(b.broker)
 	b.mustRun(relay, 2)
-	b.mustRun(relay, 0)
+	for range 5 { // time to raise the floor, if it could be raised
+		b.mustRun(relay, 0)
+	}
 	if err := late.Commit(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -409,6 +422,86 @@ func TestALowIDThatCommitsLateIsPublished(t *testing.T) {
 	if n := b.count("SELECT count(*) FROM outbox"); n != 0 {
 		t.Errorf("%d events are left", n)
 	}
+}
+
+func TestUnderAnOldSnapshotAPollDoesNotWalkOverWhatWasPublished(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	old, err := b.pool.BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer old.Rollback(context.Background())
+	if _, err := old.Exec(t.Context(), "SELECT FROM orders"); err != nil { // takes the snapshot
+		t.Fatal(err)
+	}
+	const events = 3000
+	b.fill(events)
+	relay, other := b.relay(b.broker), b.relay(b.broker)
+	if err := relay.Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range []*Relay{relay, other} { // also one that has claimed nothing itself
+		for range 3 {
+			b.mustRun(r, 0)
+		}
+		var walked int
+		tx, err := b.pool.Begin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := "SELECT pg_stat_get_xact_tuples_returned('outbox_pkey'::regclass)"
+		var at int
+		if err := tx.QueryRow(t.Context(), before).Scan(&at); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := db.New(tx).ClaimOutboxBatch(t.Context(), db.ClaimOutboxBatchParams{Floor: r.floor.get(), BatchSize: 1000}); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(tx.QueryRow(t.Context(), before).Scan(&walked), tx.Rollback(t.Context())); err != nil || walked-at > 10 {
+			t.Errorf("with the floor at %d a poll walked over %d entries, %v", r.floor.get(), walked-at, err)
+		}
+	}
+	b.place(1)
+	b.mustRun(other, 1)
+}
+
+func TestAnEventBelowTheFloorIsFound(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	relay := b.relay(b.broker)
+	b.fill(1)
+	locked, err := b.pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer locked.Rollback(context.Background())
+	if _, err := locked.Exec(t.Context(), "SELECT FROM outbox FOR NO KEY UPDATE"); err != nil {
+		t.Fatal(err)
+	}
+	for relay.floor.get() == 0 { // the claim skips what somebody has locked
+		b.mustRun(relay, 0)
+	}
+	if err := locked.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.mustRun(relay, 0)
+	relay.look(t.Context())
+	b.mustRun(relay, 1)
+	if !strings.Contains(b.log.String(), "left behind") {
+		t.Errorf("nobody was told: %s", b.log)
+	}
+}
+
+func TestTheFloorNeverPassesWhatAFullBatchLeft(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	relay := b.relay(b.broker)
+	b.fill(relayBatch*7 + 1)
+	for range 7 {
+		b.mustRun(relay, relayBatch)
+	}
+	b.mustRun(relay, 1)
 }
 
 func TestABatchThatWasNotPublishedIsStillThere(t *testing.T) {

@@ -14,7 +14,7 @@ import (
 
 const claimOutboxBatch = `-- name: ClaimOutboxBatch :many
 WITH claimed AS MATERIALIZED (
-    SELECT o.id FROM outbox o ORDER BY o.id LIMIT $1 FOR UPDATE SKIP LOCKED
+    SELECT o.id FROM outbox o WHERE o.id > $1 ORDER BY o.id LIMIT $2 FOR UPDATE SKIP LOCKED
 ), moved AS (
     DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT claimed.id FROM claimed))
     RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
@@ -24,6 +24,11 @@ WITH claimed AS MATERIALIZED (
 )
 SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved ORDER BY id
 `
+
+type ClaimOutboxBatchParams struct {
+	Floor     int64
+	BatchSize int32
+}
 
 type ClaimOutboxBatchRow struct {
 	ID          int64
@@ -36,11 +41,11 @@ type ClaimOutboxBatchRow struct {
 	CreatedAt   time.Time
 }
 
-// Moves the next events, in the order of id, from the outbox to the archive, and returns them. The claim is
+// Moves the next events above the floor, in the order of id, from the outbox to the archive, and returns them. The claim is
 // materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more. The rows are deleted by an
 // array of ids: a join, once it was planned for an empty outbox, would scan a full one.
-func (q *Queries) ClaimOutboxBatch(ctx context.Context, batchSize int32) ([]ClaimOutboxBatchRow, error) {
-	rows, err := q.db.Query(ctx, claimOutboxBatch, batchSize)
+func (q *Queries) ClaimOutboxBatch(ctx context.Context, arg ClaimOutboxBatchParams) ([]ClaimOutboxBatchRow, error) {
+	rows, err := q.db.Query(ctx, claimOutboxBatch, arg.Floor, arg.BatchSize)
 	if err != nil {
 		return nil, err
 	}
@@ -79,14 +84,42 @@ func (q *Queries) CreateOutboxPartitions(ctx context.Context, daysAhead int32) (
 	return created, err
 }
 
-const takeTurn = `-- name: TakeTurn :one
-SELECT pg_try_advisory_xact_lock($1::bigint)
+const findLowestOutboxID = `-- name: FindLowestOutboxID :one
+SELECT COALESCE((SELECT id FROM outbox WHERE id <= $1 ORDER BY id LIMIT 1), 0)::bigint
 `
 
-// The turn ends with the transaction.
-func (q *Queries) TakeTurn(ctx context.Context, turn int64) (bool, error) {
+// The lowest id that is left at or below the floor; 0 when there is none.
+func (q *Queries) FindLowestOutboxID(ctx context.Context, floor int64) (int64, error) {
+	row := q.db.QueryRow(ctx, findLowestOutboxID, floor)
+	var column_1 int64
+	err := row.Scan(&column_1)
+	return column_1, err
+}
+
+const takeTurn = `-- name: TakeTurn :one
+SELECT pg_try_advisory_xact_lock($1::bigint) AS taken,
+       pg_snapshot_xmin(now.snapshot)::text::bigint AS oldest_xid, pg_snapshot_xmax(now.snapshot)::text::bigint AS next_xid,
+       COALESCE(pg_sequence_last_value('outbox_id_seq'), 0)::bigint AS last_id
+FROM (SELECT pg_current_snapshot() AS snapshot) AS now
+`
+
+type TakeTurnRow struct {
+	Taken     bool
+	OldestXid int64
+	NextXid   int64
+	LastID    int64
+}
+
+// The turn ends with the transaction. Every transaction before oldest_xid has ended, and none from next_xid on had begun to
+// write when the query was; last_id is the last id that the outbox had given out.
+func (q *Queries) TakeTurn(ctx context.Context, turn int64) (TakeTurnRow, error) {
 	row := q.db.QueryRow(ctx, takeTurn, turn)
-	var pg_try_advisory_xact_lock bool
-	err := row.Scan(&pg_try_advisory_xact_lock)
-	return pg_try_advisory_xact_lock, err
+	var i TakeTurnRow
+	err := row.Scan(
+		&i.Taken,
+		&i.OldestXid,
+		&i.NextXid,
+		&i.LastID,
+	)
+	return i, err
 }
