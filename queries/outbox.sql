@@ -1,10 +1,8 @@
 -- name: TakeTurn :one
--- The turn ends with the transaction. Every transaction before oldest_xid has ended, and none from next_xid on had begun to
--- write when the query was; last_id is the last id that the outbox had given out.
-SELECT pg_try_advisory_xact_lock(@turn::bigint) AS taken,
-       pg_snapshot_xmin(now.snapshot)::text::bigint AS oldest_xid, pg_snapshot_xmax(now.snapshot)::text::bigint AS next_xid,
-       COALESCE(pg_sequence_last_value('outbox_id_seq'), 0)::bigint AS last_id
-FROM (SELECT pg_current_snapshot() AS snapshot) AS now;
+-- The turn ends with the transaction. Writers are the transactions that write to the outbox, and last_id is the last id that
+-- was given out.
+SELECT pg_try_advisory_xact_lock(@turn::bigint) AS taken, COALESCE(outbox_writers(), '{}')::text[] AS writers,
+       COALESCE(pg_sequence_last_value('outbox_id_seq'), 0)::bigint AS last_id;
 
 -- name: ClaimOutboxBatch :many
 -- Moves the next events above the floor, in the order of id, from the outbox to the archive, and returns them. The claim is

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"slices"
 	"sync"
 
 	"idempotent-orders/gen/db"
@@ -10,17 +11,17 @@ import (
 // while a transaction elsewhere holds an old snapshot, no vacuum removes that.
 //
 // An id may commit late, after higher ones. So the floor passes an id only when all transactions have ended that could have
-// been given it: first the last id that was given out is noted; then, later, the next transaction id, which is the horizon;
-// and when every transaction before the horizon has ended, a claim that began after that has seen what they left.
+// been given it: first the last id that was given out is noted; then, later, who writes to the outbox; and when none of those
+// does any more, a claim that began after that has seen what they left.
 //
-// What this cannot know (a row that somebody has locked and that a claim skipped, a transaction that was given its id before
-// it had an id of its own, a database that was put back in time) is found by look, which searches below the floor.
+// What this cannot know (a row that somebody has locked and that a claim skipped, a database that was put back in time) is
+// found by look, which searches below the floor.
 type floor struct {
 	mu      sync.Mutex
-	id      int64 // guarded by mu, as all
-	given   int64 // the last id that was given out before the last round
-	next    int64 // what id becomes when the horizon is reached; 0 for nothing
-	horizon int64
+	id      int64    // guarded by mu, as all
+	given   int64    // the last id that was given out before the last round
+	next    int64    // what id becomes when the writers have ended; 0 for nothing
+	writers []string // the transactions that may have been given ids up to next
 }
 
 // get returns the floor.
@@ -34,11 +35,11 @@ func (f *floor) get() int64 {
 func (f *floor) raise(turn db.TakeTurnRow, upTo int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.next > 0 && turn.OldestXid >= f.horizon {
-		f.id, f.next = max(f.id, min(f.next, upTo)), 0
-	}
 	if f.next == 0 && f.given > f.id {
-		f.next, f.horizon = f.given, turn.NextXid
+		f.next, f.writers = f.given, turn.Writers
+	}
+	if f.next > 0 && !slices.ContainsFunc(f.writers, func(w string) bool { return slices.Contains(turn.Writers, w) }) {
+		f.id, f.next = max(f.id, min(f.next, upTo)), 0
 	}
 	f.given = turn.LastID
 }

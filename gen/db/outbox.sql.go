@@ -97,29 +97,21 @@ func (q *Queries) FindLowestOutboxID(ctx context.Context, floor int64) (int64, e
 }
 
 const takeTurn = `-- name: TakeTurn :one
-SELECT pg_try_advisory_xact_lock($1::bigint) AS taken,
-       pg_snapshot_xmin(now.snapshot)::text::bigint AS oldest_xid, pg_snapshot_xmax(now.snapshot)::text::bigint AS next_xid,
+SELECT pg_try_advisory_xact_lock($1::bigint) AS taken, COALESCE(outbox_writers(), '{}')::text[] AS writers,
        COALESCE(pg_sequence_last_value('outbox_id_seq'), 0)::bigint AS last_id
-FROM (SELECT pg_current_snapshot() AS snapshot) AS now
 `
 
 type TakeTurnRow struct {
-	Taken     bool
-	OldestXid int64
-	NextXid   int64
-	LastID    int64
+	Taken   bool
+	Writers []string
+	LastID  int64
 }
 
-// The turn ends with the transaction. Every transaction before oldest_xid has ended, and none from next_xid on had begun to
-// write when the query was; last_id is the last id that the outbox had given out.
+// The turn ends with the transaction. Writers are the transactions that write to the outbox, and last_id is the last id that
+// was given out.
 func (q *Queries) TakeTurn(ctx context.Context, turn int64) (TakeTurnRow, error) {
 	row := q.db.QueryRow(ctx, takeTurn, turn)
 	var i TakeTurnRow
-	err := row.Scan(
-		&i.Taken,
-		&i.OldestXid,
-		&i.NextXid,
-		&i.LastID,
-	)
+	err := row.Scan(&i.Taken, &i.Writers, &i.LastID)
 	return i, err
 }
