@@ -1,47 +1,69 @@
-// Loadtest places many orders at once through the generated client, each with an Idempotency-Key of its own, and shows each
-// answer as it comes. When several are answered at the same moment, their lines may stand in any order.
+// Loadtest puts the service under load, in one of three ways: it places many orders at once through the generated client and
+// shows each answer; with --rate it attacks at a steady rate, with vegeta as a library, and measures; as `loadtest targets` it
+// prints the orders for the vegeta tool. Every order has an Idempotency-Key of its own.
+//
+// In the plain run, when several orders are answered at the same moment, their lines may stand in any order.
 package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"net/http"
 	"net/url"
 	"os"
 	"os/signal"
+	"slices"
+	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
-
-	"github.com/google/uuid"
-
-	"idempotent-orders/gen/api"
 )
 
-const (
-	defaultURL     = "http://localhost:8080"
-	defaultOrders  = 100
-	maxInFlight    = 100 // a connection each; more would measure the limits of this machine
-	requestTimeout = 10 * time.Second
-)
+const defaultURL = "http://localhost:8080"
 
-const usage = `Places orders at once, each with an Idempotency-Key of its own, and shows each answer as it comes.
+const usage = `Puts the service under load with orders, each with an Idempotency-Key of its own.
 
 Usage:
   go run ./loadtest [--url URL] [--orders N]
+  go run ./loadtest --rate N [--duration D] [--connections N] [--duplicates P] [--html FILE] [--json FILE] [--url URL]
+  go run ./loadtest targets [--url URL] [--orders N] [--duplicates P]
 
-  --url URL    where the service is (default %s)
-  --orders N   how many orders to place, at most %d at a time (default %d)
-  --help       show this
+Without --rate it places the orders at once, and shows each answer as it comes:
+  --url URL        where the service is (default %[1]s)
+  --orders N       how many orders to place, at most %[2]d at a time (default %[3]d)
+
+With --rate it attacks: it sends at that rate whether or not the answers keep up, so that a slow service shows as latency.
+Up to %[4]d sends may wait for an answer at once, %[5]s each; beyond that, the rate falls.
+  --rate N         sends per second
+  --duration D     for how long, like 30s or 5m (default %[6]s)
+  --connections N  at most so many open connections; a send that finds none free waits, and its latency tells (default %[7]d)
+  --duplicates P   this share of the sends, like 5%% or 0.05, repeats one of the last %[8]d orders, key and body (default 0%%).
+                   A repeat may overtake the send it repeats, so with duplicates every send carries 'Prefer: %[9]s':
+                   whichever comes second waits for the answer of the first, where it would get a 409. A key that is
+                   answered with two orders is a failure.
+  --html FILE      write a plot of the latencies, a page that loads nothing from elsewhere
+  --json FILE      write the numbers as JSON; - is stdout, and then the summary goes to stderr
+While it runs, stderr has a line with the time, the answers per second, their 99th percentile and the failures: rewritten every
+second on a terminal, else a new line every %[10]s; rate and percentile are those since the last line.
+
+With targets it prints orders in vegeta's JSON format, one per line; endless without --orders:
+  go run ./loadtest targets |
+    go tool -modfile=tools/go.mod vegeta attack -format=json -lazy -rate=500 -duration=5s |
+    go tool -modfile=tools/go.mod vegeta report
+
+  --help           show this
 
 A success is a 200 with an order id. The exit code is 0 when every order succeeded, 1 when one did not, 2 when the command
-line is wrong. Ctrl-C stops, and shows the summary of what was answered.
+line is wrong. An attack also fails when less than %[11]d%% of --rate was sent. Ctrl-C stops, and shows the summary of what was
+answered.
 `
+
+func help() string {
+	return fmt.Sprintf(usage, defaultURL, maxInFlight, defaultOrders, maxWaiting, sendTimeout, defaultDuration, defaultConnections,
+		recentOrders, preferWait, progressElsewhere, leastPercent)
+}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -63,43 +85,83 @@ var errUsage = errors.New("wrong usage")
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	o, err := parse(args)
 	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintf(stdout, usage, defaultURL, maxInFlight, defaultOrders)
+		fmt.Fprint(stdout, help())
 		return nil
 	}
 	if err == nil {
-		err = attack(ctx, o, stdout)
+		err = o.run(ctx, stdout, stderr)
 	}
 	if err != nil {
-		fmt.Fprintln(stderr, "loadtest:", oneLine(err.Error()))
+		joined := strings.ReplaceAll(err.Error(), "\n", "; ") // errors that are joined have a line each
+		fmt.Fprintln(stderr, "loadtest:", oneLine(joined))
 	}
 	return err
 }
 
+func (o options) run(ctx context.Context, stdout, stderr io.Writer) error {
+	switch o.mode {
+	case attacking:
+		return newAttack(o).run(ctx, stdout, stderr)
+	case targets:
+		return writeTargets(ctx, o, stdout)
+	default:
+		return placeAtOnce(ctx, o, stdout)
+	}
+}
+
+// mode is a way to put the service under load.
+type mode int
+
+const (
+	plain mode = iota
+	attacking
+	targets
+)
+
+// optionsOf names the options of each mode.
+var optionsOf = map[mode][]string{
+	plain:     {"url", "orders"},
+	attacking: {"url", "rate", "duration", "connections", "duplicates", "html", "json"},
+	targets:   {"url", "orders", "duplicates"},
+}
+
 // options are what the command line asks for.
 type options struct {
-	url    string
-	orders int
+	mode        mode
+	url         string
+	orders      int // 0: no end
+	rate        int // per second
+	duration    time.Duration
+	connections int
+	duplicates  share
+	html, json  string // files, or empty
 }
 
 // parse reads the command line. Its errors are errUsage, or flag.ErrHelp when help is asked for.
 func parse(args []string) (options, error) {
 	var o options
+	if len(args) > 0 && args[0] == "targets" {
+		o.mode, args = targets, args[1:]
+	}
 	flags := flag.NewFlagSet("loadtest", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&o.url, "url", defaultURL, "")
-	flags.IntVar(&o.orders, "orders", defaultOrders, "")
+	flags.IntVar(&o.orders, "orders", 0, "")
+	flags.IntVar(&o.rate, "rate", 0, "")
+	flags.DurationVar(&o.duration, "duration", defaultDuration, "")
+	flags.IntVar(&o.connections, "connections", defaultConnections, "")
+	flags.Var(&o.duplicates, "duplicates", "")
+	flags.StringVar(&o.html, "html", "", "")
+	flags.StringVar(&o.json, "json", "", "")
 	err := flags.Parse(args)
-	u, urlErr := url.Parse(o.url)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
+	if errors.Is(err, flag.ErrHelp) {
 		return o, err
-	case err != nil:
-	case flags.NArg() > 0:
+	}
+	if err == nil && flags.NArg() > 0 {
 		err = fmt.Errorf("%q is not an option", flags.Arg(0))
-	case o.orders < 1:
-		err = fmt.Errorf("--orders is %d; it must be at least 1", o.orders)
-	case urlErr != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "":
-		err = fmt.Errorf("--url is %q; it must be like %s", o.url, defaultURL)
+	}
+	if err == nil {
+		err = o.check(given(flags))
 	}
 	if err != nil {
 		return o, fmt.Errorf("%w: %w; see --help", errUsage, err)
@@ -107,145 +169,76 @@ func parse(args []string) (options, error) {
 	return o, nil
 }
 
-// attack places the orders, and shows the answers and the summary. It fails unless every order succeeded.
-func attack(ctx context.Context, o options, stdout io.Writer) error {
-	client, err := newClient(o.url, requestTimeout)
-	if err != nil {
-		return err
+// given names the options that stand on the command line.
+func given(flags *flag.FlagSet) []string {
+	var names []string
+	flags.Visit(func(f *flag.Flag) { names = append(names, f.Name) })
+	return names
+}
+
+// check settles the mode, and says what is wrong with the options, which were given.
+func (o *options) check(given []string) error {
+	if o.mode == plain && slices.Contains(given, "rate") {
+		o.mode = attacking
 	}
-	if err := reach(ctx, client, o.url); err != nil {
-		return err
+	for _, name := range given {
+		switch {
+		case slices.Contains(optionsOf[o.mode], name):
+		case o.mode == plain:
+			return fmt.Errorf("--%s needs --rate", name)
+		case o.mode == attacking:
+			return fmt.Errorf("--%s does not go with --rate; say for how long with --duration", name)
+		default:
+			return fmt.Errorf("--%s is not an option of targets", name)
+		}
 	}
-	var s summary
-	start := time.Now()
-	for a := range place(ctx, client, o.orders) {
-		fmt.Fprintln(stdout, a)
-		s.add(a)
-	}
-	s.took = time.Since(start)
-	fmt.Fprint(stdout, s)
-	switch missing := o.orders - s.total(); {
-	case missing > 0:
-		return fmt.Errorf("interrupted: of %d orders, %d were not sent or not answered", o.orders, missing)
-	case s.failed > 0:
-		return fmt.Errorf("%d of %d orders failed", s.failed, o.orders)
+	u, urlErr := url.Parse(o.url)
+	switch {
+	case slices.Contains(given, "orders") && o.orders < 1:
+		return fmt.Errorf("--orders is %d; it must be at least 1", o.orders)
+	case urlErr != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "":
+		return fmt.Errorf("--url is %q; it must be like %s", o.url, defaultURL)
+	case o.mode == attacking:
+		return o.checkAttack()
+	case o.mode == plain && o.orders == 0:
+		o.orders = defaultOrders
 	}
 	return nil
 }
 
-// newClient returns a generated client that keeps its connections, and gives up a request after the timeout.
-func newClient(url string, timeout time.Duration) (*api.ClientWithResponses, error) {
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.MaxIdleConns, transport.MaxIdleConnsPerHost = maxInFlight, maxInFlight
-	return api.NewClientWithResponses(url, api.WithHTTPClient(&http.Client{Transport: transport, Timeout: timeout}))
-}
-
-// reach fails when nothing answers at the URL. Any answer will do.
-func reach(ctx context.Context, client *api.ClientWithResponses, url string) error {
-	response, err := client.GetLiveness(ctx)
-	if err == nil {
-		return response.Body.Close()
+func (o *options) checkAttack() error {
+	switch {
+	case o.rate < 1 || o.rate > maxRate:
+		return fmt.Errorf("--rate is %d; it must be from 1 to %d per second", o.rate, maxRate)
+	case o.duration <= 0:
+		return fmt.Errorf("--duration is %s; it must be more than 0", o.duration)
+	case float64(o.rate)*o.duration.Seconds() < 1:
+		return fmt.Errorf("--rate %d is not one order in --duration %s", o.rate, o.duration)
+	case o.connections < 1:
+		return fmt.Errorf("--connections is %d; it must be at least 1", o.connections)
+	case o.html == "-":
+		return errors.New("--html is -; it must be a file")
+	case o.html != "" && o.html == o.json:
+		return fmt.Errorf("--html and --json are both %s; they must be two files", o.html)
 	}
-	if ctx.Err() != nil {
-		return errors.New("interrupted")
+	return nil
+}
+
+// share is a part of a whole, from 0 to 1, written like 5% or 0.05.
+type share float64
+
+func (s *share) String() string { return strconv.FormatFloat(float64(*s), 'f', -1, 64) }
+
+// Set reads a share.
+func (s *share) Set(text string) error {
+	number, percent := strings.CutSuffix(text, "%")
+	value, err := strconv.ParseFloat(number, 64)
+	if percent {
+		value /= 100
 	}
-	return fmt.Errorf("nothing answers at %s; start the service with `go run .`, or say where it is with --url: %w", url, err)
-}
-
-// answer is what became of an order.
-type answer struct {
-	number int // from 1
-	status int
-	body   []byte
-	id     uuid.UUID // of the order; uuid.Nil when there is none
-	err    error     // of the transport; then the rest does not count
-}
-
-func (a answer) succeeded() bool {
-	return a.err == nil && a.status == http.StatusOK && a.id != uuid.Nil
-}
-
-// String returns the answer in one line.
-func (a answer) String() string {
-	if a.err != nil {
-		return fmt.Sprintf("[%d] error: %s", a.number, oneLine(a.err.Error()))
+	if err != nil || !(value >= 0 && value <= 1) { // a NaN is neither
+		return errors.New("it must be from 0% to 100%, like 5% or 0.05")
 	}
-	return fmt.Sprintf("[%d] %d: %s", a.number, a.status, oneLine(string(a.body)))
-}
-
-// oneLine trims a text and puts its lines side by side.
-func oneLine(text string) string {
-	return strings.NewReplacer("\r\n", " ", "\n", " ", "\r", " ").Replace(strings.TrimSpace(text))
-}
-
-// place places n orders, as many at once as may be in flight, and returns the answers as they come. When ctx ends, what was
-// not answered yet has no answer.
-func place(ctx context.Context, client *api.ClientWithResponses, n int) <-chan answer {
-	numbers, answers := make(chan int), make(chan answer)
-	var senders sync.WaitGroup
-	for range min(n, maxInFlight) {
-		senders.Go(func() {
-			for number := range numbers {
-				if a := placeOne(ctx, client, number); ctx.Err() == nil || a.err == nil {
-					answers <- a
-				}
-			}
-		})
-	}
-	go func() {
-		defer close(answers)
-		defer senders.Wait()
-		defer close(numbers)
-		for number := 1; number <= n && ctx.Err() == nil; number++ {
-			select {
-			case numbers <- number:
-			case <-ctx.Done():
-			}
-		}
-	}()
-	return answers
-}
-
-// placeOne places an order with a key of its own. It reads the answer itself, because the generated reader returns an answer
-// that breaks the contract as an error, without its status and its body.
-func placeOne(ctx context.Context, client *api.ClientWithResponses, number int) answer {
-	a := answer{number: number}
-	response, err := client.PlaceOrder(ctx, &api.PlaceOrderParams{IdempotencyKey: uuid.NewString()}, api.OrderRequest{})
-	if err != nil {
-		a.err = err
-		return a
-	}
-	defer response.Body.Close()
-	a.status = response.StatusCode
-	if a.body, a.err = io.ReadAll(response.Body); a.err != nil {
-		return a
-	}
-	var placed api.OrderPlaced
-	if json.Unmarshal(a.body, &placed) == nil {
-		a.id = placed.OrderId
-	}
-	return a
-}
-
-// summary counts the answers.
-type summary struct {
-	succeeded, failed int
-	took              time.Duration
-}
-
-func (s *summary) add(a answer) {
-	if a.succeeded() {
-		s.succeeded++
-	} else {
-		s.failed++
-	}
-}
-
-func (s summary) total() int { return s.succeeded + s.failed }
-
-// String returns the summary as it is shown. The rate is that of the duration as shown, so that the lines agree.
-func (s summary) String() string {
-	took := max(s.took.Round(time.Millisecond), time.Millisecond)
-	return fmt.Sprintf("\n--- Summary ---\nTotal: %d orders\nSuccess: %d\nFailed: %d\nDuration: %s\nRate: %.2f orders/sec\n",
-		s.total(), s.succeeded, s.failed, took, float64(s.succeeded)/took.Seconds())
+	*s = share(value)
+	return nil
 }

@@ -7,9 +7,9 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -19,7 +19,20 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"idempotent-orders/internal/testenv"
 )
+
+// beLoadtest in the environment makes the test binary the program.
+const beLoadtest = "IDEMPOTENT_ORDERS_BE_LOADTEST"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(beLoadtest) != "" {
+		main()
+		os.Exit(0)
+	}
+	os.Exit(testenv.Main(m))
+}
 
 // service answers as the contract says, and remembers what it was sent.
 type service struct {
@@ -104,6 +117,7 @@ func split(t *testing.T, stdout string) (answers, numbers []string) {
 }
 
 func TestPlacesAHundredOrdersEachWithAKeyOfItsOwn(t *testing.T) {
+	t.Parallel()
 	s := newService(t, nil)
 	stdout, stderr, err := load(t, "--url", s.URL)
 	if err != nil || stderr != "" {
@@ -144,6 +158,7 @@ func TestPlacesAHundredOrdersEachWithAKeyOfItsOwn(t *testing.T) {
 }
 
 func TestSendsAHundredOrdersAtTheSameMoment(t *testing.T) {
+	t.Parallel()
 	arrived, all := make(chan struct{}), make(chan struct{})
 	go func() {
 		for range 100 {
@@ -162,6 +177,7 @@ func TestSendsAHundredOrdersAtTheSameMoment(t *testing.T) {
 }
 
 func TestPlacesAsManyOrdersAsAsked(t *testing.T) {
+	t.Parallel()
 	for _, orders := range []int{1, 7, 250} { // 250 is more than may be in flight
 		s := newService(t, nil)
 		stdout, stderr, err := load(t, "--url", s.URL+"/", "--orders", strconv.Itoa(orders))
@@ -176,6 +192,7 @@ func TestPlacesAsManyOrdersAsAsked(t *testing.T) {
 }
 
 func TestWhatIsNotASuccessIsShownAndCounted(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name   string
 		answer func(w http.ResponseWriter)
@@ -230,6 +247,7 @@ func TestWhatIsNotASuccessIsShownAndCounted(t *testing.T) {
 }
 
 func TestGivesUpARequestAfterItsTime(t *testing.T) {
+	t.Parallel()
 	s := newService(t, func(_ http.ResponseWriter, r *http.Request, _ int) { <-r.Context().Done() })
 	client, err := newClient(s.URL, 20*time.Millisecond)
 	if err != nil {
@@ -256,6 +274,7 @@ func (w *onLine) Write(p []byte) (int, error) {
 }
 
 func TestAnInterruptStopsAndShowsTheSummarySoFar(t *testing.T) {
+	t.Parallel()
 	s := newService(t, func(w http.ResponseWriter, r *http.Request, n int) {
 		if n > 3 {
 			<-r.Context().Done() // the others hang until the client goes
@@ -279,14 +298,8 @@ func TestAnInterruptStopsAndShowsTheSummarySoFar(t *testing.T) {
 }
 
 func TestSaysInOneLineThatNothingAnswers(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0") // for a port that nobody listens on
-	if err != nil {
-		t.Fatal(err)
-	}
-	url := "http://" + listener.Addr().String()
-	if err := listener.Close(); err != nil {
-		t.Fatal(err)
-	}
+	t.Parallel()
+	const url = "http://127.0.0.1:1"
 	stdout, stderr, err := load(t, "--url", url)
 	if err == nil || errors.Is(err, errUsage) || stdout != "" {
 		t.Errorf("run: %v; stdout %q", err, stdout)
@@ -298,18 +311,61 @@ func TestSaysInOneLineThatNothingAnswers(t *testing.T) {
 }
 
 func TestRefusesACommandLineItDoesNotUnderstand(t *testing.T) {
+	t.Parallel()
 	s := newService(t, nil)
-	for _, args := range [][]string{
-		{"--orders", "0"}, {"--orders", "-1"}, {"--orders", "many"}, {"--orders"},
-		{"--url", "localhost:8080"}, {"--url", "/orders"}, {"--url", "ftp://localhost"}, {"--url", "http://"}, {"--url", "http://a b"},
-		{"--rat", "5"}, {"100"}, {"--url", s.URL, "100"},
+	for _, test := range []struct {
+		names string // what is wrong
+		args  []string
+	}{
+		{"--orders", []string{"--orders", "0"}},
+		{"--orders", []string{"--orders", "-1"}},
+		{"-orders", []string{"--orders", "many"}},
+		{"-orders", []string{"--orders"}},
+		{"--url", []string{"--url", "localhost:8080"}},
+		{"--url", []string{"--url", "/orders"}},
+		{"--url", []string{"--url", "ftp://localhost"}},
+		{"--url", []string{"--url", "http://"}},
+		{"--url", []string{"--url", "http://a b"}},
+		{"-rat", []string{"--rat", "5"}},
+		{"100", []string{"100"}},
+		{"100", []string{"--url", s.URL, "100"}},
+
+		{"--rate", []string{"--rate", "0"}},
+		{"--rate", []string{"--rate", "-5"}},
+		{"--rate", []string{"--rate", "1000001"}},
+		{"-rate", []string{"--rate", "1.5"}},
+		{"--duration", []string{"--rate", "5", "--duration", "0s"}},
+		{"--duration", []string{"--rate", "5", "--duration", "-1s"}},
+		{"--duration", []string{"--rate", "5", "--duration", "100ms"}},
+		{"-duration", []string{"--rate", "5", "--duration", "30"}},
+		{"--connections", []string{"--rate", "5", "--connections", "0"}},
+		{"-duplicates", []string{"--rate", "5", "--duplicates", "120%"}},
+		{"-duplicates", []string{"--rate", "5", "--duplicates", "5"}},
+		{"-duplicates", []string{"--rate", "5", "--duplicates", "-1%"}},
+		{"-duplicates", []string{"--rate", "5", "--duplicates", "NaN"}},
+		{"-duplicates", []string{"--rate", "5", "--duplicates", "some"}},
+		{"--html", []string{"--rate", "5", "--html", "-"}},
+		{"--json", []string{"--rate", "5", "--html", "same", "--json", "same"}},
+		{"--orders", []string{"--rate", "5", "--orders", "5"}},
+		{"--duration", []string{"--duration", "5s"}},
+		{"--duplicates", []string{"--orders", "5", "--duplicates", "5%"}},
+		{"--json", []string{"--json", "-"}},
+
+		{"--rate", []string{"targets", "--rate", "5"}},
+		{"--html", []string{"targets", "--html", "file"}},
+		{"--orders", []string{"targets", "--orders", "0"}},
+		{"--url", []string{"targets", "--url", "nowhere"}},
+		{"100", []string{"targets", "100"}},
 	} {
-		stdout, stderr, err := load(t, args...)
+		stdout, stderr, err := load(t, test.args...)
 		if !errors.Is(err, errUsage) || stdout != "" {
-			t.Errorf("%q: %v; stdout %q", args, err, stdout)
+			t.Errorf("%q: %v; stdout %q", test.args, err, stdout)
 		}
 		if !strings.HasPrefix(stderr, "loadtest: ") || !strings.HasSuffix(stderr, "see --help\n") || strings.Count(stderr, "\n") != 1 {
-			t.Errorf("%q: stderr %q", args, stderr)
+			t.Errorf("%q: stderr %q", test.args, stderr)
+		}
+		if !strings.Contains(stderr, test.names) {
+			t.Errorf("%q: stderr %q does not name %s", test.args, stderr, test.names)
 		}
 	}
 	if len(s.keys) > 0 {
@@ -318,20 +374,26 @@ func TestRefusesACommandLineItDoesNotUnderstand(t *testing.T) {
 }
 
 func TestHelpExplainsAndPlacesNothing(t *testing.T) {
-	for _, arg := range []string{"--help", "-h"} {
-		stdout, stderr, err := load(t, arg)
+	t.Parallel()
+	for _, args := range [][]string{{"--help"}, {"-h"}, {"targets", "--help"}, {"--rate", "5", "-h"}} {
+		stdout, stderr, err := load(t, args...)
 		if err != nil || stderr != "" {
-			t.Errorf("%s: %v, %q", arg, err, stderr)
+			t.Errorf("%s: %v, %q", args, err, stderr)
 		}
-		for _, want := range []string{"--url", "http://localhost:8080", "--orders", "100", "exit code"} {
+		for _, want := range []string{"--url", "http://localhost:8080", "--orders", "100", "exit code", "--rate", "--duration", "10s",
+			"--connections", "256", "--duplicates", "5% or 0.05", "Prefer: wait=10", "--html", "--json", "targets", "98%"} {
 			if !strings.Contains(stdout, want) {
-				t.Errorf("%s does not mention %s:\n%s", arg, want, stdout)
+				t.Errorf("%s does not mention %s:\n%s", args, want, stdout)
 			}
+		}
+		if strings.Contains(stdout, "%!") {
+			t.Errorf("%s is badly formatted:\n%s", args, stdout)
 		}
 	}
 }
 
 func TestTheLinesOfTheSummaryAgree(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		summary summary
 		want    string
