@@ -40,8 +40,8 @@ func (b *RedisStreams) Publish(ctx context.Context, events []Event) error {
 	return nil
 }
 
-func fields(e Event) []string {
-	f := []string{
+func fields(e Event) []any {
+	f := []any{
 		"specversion", "1.0",
 		"id", e.ID.String(),
 		"source", e.Source,

@@ -2,10 +2,8 @@ package idempotency
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/base64"
 	"slices"
-	"strings"
 
 	"github.com/redis/go-redis/v9"
 
@@ -99,9 +97,8 @@ func (g *Guard) pipeline(ctx context.Context, calls []call,
 	return cmds, err
 }
 
-// place is where a key stands in Redis: a hash, so that its length is bounded, no part can be mistaken for another, and
-// the caller's key is not there to be read.
+// place is where a key stands in Redis.
 func place(k Key) string {
-	sum := sha256.Sum256([]byte(strings.Join([]string{k.Operation, k.Caller, k.Value}, "\x00")))
-	return "idempotency:" + base64.RawURLEncoding.EncodeToString(sum[:])
+	digest := k.Digest()
+	return "idempotency:" + base64.RawURLEncoding.EncodeToString(digest[:])
 }

@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	// remembers is how many keys a process remembers, at about 300 bytes each.
+	// remembers is how many keys a process remembers, at about 250 bytes each.
 	remembers = 50_000
 	// remembersFor is for how long at most. A committed answer does not change, but a database may be put back in time.
 	remembersFor = 10 * time.Minute
@@ -18,33 +18,33 @@ const (
 	remembersShort = time.Minute
 )
 
-// memory is what this process knows to be committed, so that a storm of retries asks nobody. Keys hold their caller, so
-// nobody gets another's answer.
+// memory is what this process knows to be committed, so that a storm of retries asks nobody. The caller is part of what is
+// digested, so nobody gets another's answer.
 type memory struct {
-	held *otter.Cache[idempotency.Key, holding]
+	held *otter.Cache[uuid.UUID, holding]
 }
 
 func newMemory() memory {
-	return memory{otter.Must(&otter.Options[idempotency.Key, holding]{
+	return memory{otter.Must(&otter.Options[uuid.UUID, holding]{
 		MaximumSize: remembers,
-		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[idempotency.Key, holding]) time.Duration {
+		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[uuid.UUID, holding]) time.Duration {
 			return max(1, min(remembersFor, time.Until(e.Value.expiresAt)-remembersShort)) // 0 would be for ever
 		}),
 	})}
 }
 
-// learn remembers who holds the keys of sends.
-func (m memory) learn(sends []Send, held map[idempotency.Key]holding) {
-	for _, send := range sends {
-		if holder, ok := held[send.Key]; ok && time.Until(holder.expiresAt) > remembersShort {
-			m.held.Set(send.Key, holder)
+// learn remembers who holds what, by the digests of keys.
+func (m memory) learn(holders map[uuid.UUID]holding) {
+	for digest, holder := range holders {
+		if time.Until(holder.expiresAt) > remembersShort {
+			m.held.Set(digest, holder)
 		}
 	}
 }
 
 // recall returns the result of a send whose key is remembered, and idempotency.ErrNotCommitted for any other.
 func (m memory) recall(send Send) Result {
-	holder, ok := m.held.GetIfPresent(send.Key)
+	holder, ok := m.held.GetIfPresent(send.Key.Digest())
 	if !ok || time.Until(holder.expiresAt) <= remembersShort {
 		return Result{Err: idempotency.ErrNotCommitted}
 	}

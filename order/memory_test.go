@@ -60,11 +60,11 @@ func TestAKeyThatIsAboutToExpireIsNotRemembered(t *testing.T) {
 	}
 	// Nor when its time comes between the look and the entry.
 	past := holding{fingerprint: send("k", 1).Draft.Fingerprint(), expiresAt: time.Now()}
-	store.memory.held.Set(send("k", 1).Key, past)
+	store.memory.held.Set(send("k", 1).Key.Digest(), past)
 	if _, err := store.Recall(send("k", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
 		t.Errorf("it is remembered for ever: %v", err)
 	}
-	if entry, ok := store.memory.held.GetEntryQuietly(send("k", 1).Key); ok && entry.ExpiresAfter() > time.Second {
+	if entry, ok := store.memory.held.GetEntryQuietly(send("k", 1).Key.Digest()); ok && entry.ExpiresAfter() > time.Second {
 		t.Errorf("it is kept for %s", entry.ExpiresAfter())
 	}
 }

@@ -1,7 +1,7 @@
 package order
 
 import (
-	"cmp"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -95,13 +95,14 @@ func (s *Store) Recall(send Send) (Placement, error) {
 func (s *Store) findAll(sends []Send) []Result {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	holders, err := find(ctx, db.New(s.pool), keysOf(sends))
+	digests := digestsOf(sends)
+	holders, err := find(ctx, db.New(s.pool), digests)
 	absent := idempotency.ErrNotCommitted
 	if err != nil {
 		absent = fmt.Errorf("find idempotency keys: %w: %w", ErrUnavailable, err)
 	}
-	s.memory.learn(sends, holders)
-	return judgeAll(sends, make([]uuid.UUID, len(sends)), holders, absent)
+	s.memory.learn(holders)
+	return judgeAll(sends, digests, make([]uuid.UUID, len(sends)), holders, absent)
 }
 
 // Get returns the caller's order, or ErrNotFound, or an error that wraps ErrUnavailable.
@@ -174,31 +175,33 @@ func passing(refused *pgconn.PgError) bool { return refused.Code == "40001" || r
 // placeBatch places a batch of sends in one transaction and returns a result for each, in their order, and what
 // PostgreSQL refused the batch for, if it did.
 func (s *Store) placeBatch(ctx context.Context, sends []Send) ([]Result, *pgconn.PgError) {
-	ids, firsts := newIDs(len(sends)), firstOfEachKey(sends)
-	none := func(err error) []Result { return judgeAll(sends, ids, nil, fmt.Errorf("place orders: %w", err)) }
-	conn, err := s.pool.Acquire(ctx)
-	if err != nil {
-		return none(fmt.Errorf("%w: %w", ErrUnavailable, err)), nil
-	}
-	holders, err := s.write(ctx, db.New(conn), sends, ids, firsts)
-	conn.Release()
+	ids, digests := newIDs(len(sends)), digestsOf(sends)
+	firsts := firstOfEach(digests)
+	var holders map[uuid.UUID]holding
+	asked := false
+	err := s.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) (err error) {
+		asked = true
+		holders, err = s.write(ctx, db.New(conn), sends, digests, ids, firsts)
+		return err
+	})
 	refused := refusal(err)
 	switch {
-	case refused != nil && wrong(refused):
-		return none(err), refused
-	case refused != nil || pgconn.SafeToRetry(err):
-		return none(fmt.Errorf("%w: %w", ErrUnavailable, err)), refused
+	case err == nil:
+	case asked && refused != nil && wrong(refused):
+		return judgeAll(sends, digests, ids, nil, fmt.Errorf("place orders: %w", err)), refused
+	case !asked, refused != nil, pgconn.SafeToRetry(err):
+		return judgeAll(sends, digests, ids, nil, fmt.Errorf("place orders: %w: %w", ErrUnavailable, err)), refused
 	}
 	var absent error
 	if err == nil {
-		absent = s.findLosers(ctx, sends, firsts, holders)
+		absent = s.findLosers(ctx, digests, firsts, holders)
 	} else {
 		var lookUpErr error
-		holders, lookUpErr = s.lookUp(ctx, keysOf(sends))
+		holders, lookUpErr = s.lookUp(ctx, digests)
 		absent = errors.Join(idempotency.ErrOutcomeUnknown, err, lookUpErr)
 	}
-	s.memory.learn(sends, holders)
-	results := judgeAll(sends, ids, holders, absent)
+	s.memory.learn(holders)
+	results := judgeAll(sends, digests, ids, holders, absent)
 	if slices.ContainsFunc(results, func(r Result) bool { return r.Err == nil && !r.Placement.Replayed }) {
 		s.committed()
 	}
@@ -212,27 +215,24 @@ type holding struct {
 	expiresAt   time.Time
 }
 
-// firstOfEachKey returns the index of the first send of each key, in the order of keys: two batches that share keys then
+// firstOfEach returns the index of the first send of each key, in the order of digests: two batches that share keys then
 // take them in the same order, and neither waits for the other in a circle.
-func firstOfEachKey(sends []Send) []int {
-	seen := make(map[idempotency.Key]bool, len(sends))
-	firsts := make([]int, 0, len(sends))
-	for i, send := range sends {
-		if !seen[send.Key] {
-			seen[send.Key] = true
+func firstOfEach(digests []uuid.UUID) []int {
+	seen := make(map[uuid.UUID]bool, len(digests))
+	firsts := make([]int, 0, len(digests))
+	for i, digest := range digests {
+		if !seen[digest] {
+			seen[digest] = true
 			firsts = append(firsts, i)
 		}
 	}
-	slices.SortFunc(firsts, func(a, b int) int {
-		x, y := sends[a].Key, sends[b].Key
-		return cmp.Or(cmp.Compare(x.Caller, y.Caller), cmp.Compare(x.Operation, y.Operation), cmp.Compare(x.Value, y.Value))
-	})
+	slices.SortFunc(firsts, func(a, b int) int { return bytes.Compare(digests[a][:], digests[b][:]) })
 	return firsts
 }
 
 // write writes the keys, orders and outbox events of the sends at firsts in one statement, which is a transaction of its
 // own, and returns the keys that were free. ids are the ids that the orders get.
-func (s *Store) write(ctx context.Context, q *db.Queries, sends []Send, ids []uuid.UUID, firsts []int) (map[idempotency.Key]holding, error) {
+func (s *Store) write(ctx context.Context, q *db.Queries, sends []Send, digests, ids []uuid.UUID, firsts []int) (map[uuid.UUID]holding, error) {
 	now := time.Now().UTC().Truncate(time.Microsecond) // what PostgreSQL keeps
 	p := db.PlaceOrdersParams{
 		EventType: string(api.OrderCreatedV1TypeOrderCreated), Source: string(api.OrderCreatedV1SourceOrders),
@@ -246,6 +246,7 @@ func (s *Store) write(ctx context.Context, q *db.Queries, sends []Send, ids []uu
 		if err != nil {
 			return nil, err
 		}
+		p.Digests = append(p.Digests, digests[i])
 		p.Callers = append(p.Callers, send.Key.Caller)
 		p.Operations = append(p.Operations, send.Key.Operation)
 		p.Keys = append(p.Keys, send.Key.Value)
@@ -262,20 +263,20 @@ func (s *Store) write(ctx context.Context, q *db.Queries, sends []Send, ids []uu
 	if err != nil {
 		return nil, err
 	}
-	taken := make(map[idempotency.Key]holding, len(sends))
+	taken := make(map[uuid.UUID]holding, len(sends))
 	for _, row := range rows {
 		n := byID[row.OrderID]
-		taken[sends[firsts[n]].Key] = holding{idempotency.Fingerprint(p.Fingerprints[n]), row.OrderID, row.ExpiresAt.UTC()}
+		taken[p.Digests[n]] = holding{idempotency.Fingerprint(p.Fingerprints[n]), row.OrderID, row.ExpiresAt.UTC()}
 	}
 	return taken, nil
 }
 
 // findLosers adds those keys of the sends at firsts that others hold. It returns the error for a send whose key it did not find.
-func (s *Store) findLosers(ctx context.Context, sends []Send, firsts []int, holders map[idempotency.Key]holding) error {
-	var lost []idempotency.Key
+func (s *Store) findLosers(ctx context.Context, digests []uuid.UUID, firsts []int, holders map[uuid.UUID]holding) error {
+	var lost []uuid.UUID
 	for _, i := range firsts {
-		if _, won := holders[sends[i].Key]; !won {
-			lost = append(lost, sends[i].Key)
+		if _, won := holders[digests[i]]; !won {
+			lost = append(lost, digests[i])
 		}
 	}
 	if len(lost) == 0 {
@@ -290,28 +291,21 @@ func (s *Store) findLosers(ctx context.Context, sends []Send, firsts []int, hold
 }
 
 // find returns who holds each of the keys; keys that nobody holds are left out.
-func find(ctx context.Context, q *db.Queries, keys []idempotency.Key) (map[idempotency.Key]holding, error) {
-	var p db.FindIdempotencyKeysParams
-	for _, key := range keys {
-		p.Callers = append(p.Callers, key.Caller)
-		p.Operations = append(p.Operations, key.Operation)
-		p.Keys = append(p.Keys, key.Value)
-	}
-	rows, err := q.FindIdempotencyKeys(ctx, p)
+func find(ctx context.Context, q *db.Queries, digests []uuid.UUID) (map[uuid.UUID]holding, error) {
+	rows, err := q.FindIdempotencyKeys(ctx, digests)
 	if err != nil {
 		return nil, err
 	}
-	holders := make(map[idempotency.Key]holding, len(rows))
+	holders := make(map[uuid.UUID]holding, len(rows))
 	for _, row := range rows {
-		key := idempotency.Key{Caller: row.Caller, Operation: row.Operation, Value: row.Key}
-		holders[key] = holding{idempotency.Fingerprint(row.Fingerprint), row.OrderID, row.ExpiresAt.UTC()}
+		holders[row.Digest] = holding{idempotency.Fingerprint(row.Fingerprint), row.OrderID, row.ExpiresAt.UTC()}
 	}
 	return holders, nil
 }
 
 // lookUp asks who holds the keys after a statement, and with it the commit, returned an error that is no refusal: an
 // unknown, not a failure. It asks over a connection of its own: those of the pool may be as broken as the one that failed.
-func (s *Store) lookUp(ctx context.Context, keys []idempotency.Key) (map[idempotency.Key]holding, error) {
+func (s *Store) lookUp(ctx context.Context, digests []uuid.UUID) (map[uuid.UUID]holding, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lookUpTimeout)
 	defer cancel()
 	conn, err := pgx.ConnectConfig(ctx, s.pool.Config().ConnConfig)
@@ -319,25 +313,20 @@ func (s *Store) lookUp(ctx context.Context, keys []idempotency.Key) (map[idempot
 		return nil, fmt.Errorf("connect to look up a commit: %w", err)
 	}
 	defer conn.Close(ctx)
-	return find(ctx, db.New(conn), keys)
+	return find(ctx, db.New(conn), digests)
 }
 
-// judgeAll gives each send its result.
-func judgeAll(sends []Send, ids []uuid.UUID, holders map[idempotency.Key]holding, absent error) []Result {
+// judgeAll gives each send its result: the order under its key, a mismatch, or the error absent when nobody holds the key.
+func judgeAll(sends []Send, digests, ids []uuid.UUID, holders map[uuid.UUID]holding, absent error) []Result {
 	results := make([]Result, len(sends))
 	for i, send := range sends {
-		results[i] = judge(send, ids[i], holders, absent)
+		if holder, ok := holders[digests[i]]; ok {
+			results[i] = holder.judge(send, ids[i])
+		} else {
+			results[i] = Result{Err: absent}
+		}
 	}
 	return results
-}
-
-// judge gives a send its result: the order under its key, a mismatch, or the error absent when nobody holds the key.
-func judge(send Send, id uuid.UUID, holders map[idempotency.Key]holding, absent error) Result {
-	holder, ok := holders[send.Key]
-	if !ok {
-		return Result{Err: absent}
-	}
-	return holder.judge(send, id)
 }
 
 // judge gives a send of a key that is held its result. The send placed the order itself if the order has the id it would
@@ -351,12 +340,12 @@ func (holder holding) judge(send Send, id uuid.UUID) Result {
 	}
 }
 
-func keysOf(sends []Send) []idempotency.Key {
-	keys := make([]idempotency.Key, len(sends))
+func digestsOf(sends []Send) []uuid.UUID {
+	digests := make([]uuid.UUID, len(sends))
 	for i, send := range sends {
-		keys[i] = send.Key
+		digests[i] = send.Key.Digest()
 	}
-	return keys
+	return digests
 }
 
 // newIDs returns n UUIDv7s: unique, and near each other in an index when made at about the same time.

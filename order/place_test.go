@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"idempotent-orders/gen/api"
@@ -31,6 +32,13 @@ func send(key string, amount int64) Send {
 		Key:   idempotency.Key{Caller: "anonymous", Operation: Operation, Value: key},
 		Draft: Draft{UserID: "user-456", Amount: amount},
 	}
+}
+
+// write places a send in a transaction of the test's.
+func write(t *testing.T, s *Store, tx pgx.Tx, send Send) error {
+	t.Helper()
+	_, err := s.write(t.Context(), db.New(tx), []Send{send}, []uuid.UUID{send.Key.Digest()}, newIDs(1), []int{0})
+	return err
 }
 
 func TestEveryFieldOfADraftCountsInTheFingerprint(t *testing.T) {
@@ -68,8 +76,13 @@ func TestKeyOrderAndEventAreWrittenTogether(t *testing.T) {
 	if _, err := store.Get(t.Context(), "another", placed.OrderID); !errors.Is(err, ErrNotFound) {
 		t.Errorf("another caller gets %v; want ErrNotFound", err)
 	}
+	var digest bool
+	row := pool.QueryRow(t.Context(), "SELECT digest = idempotency_digest(caller, operation, key) FROM idempotency_keys")
+	if err := row.Scan(&digest); err != nil || !digest {
+		t.Errorf("the digest is another in SQL, %v", err)
+	}
 	var exact bool
-	row := pool.QueryRow(t.Context(), "SELECT expires_at = created_at + interval '24h' FROM idempotency_keys WHERE expires_at = $1", placed.ExpiresAt)
+	row = pool.QueryRow(t.Context(), "SELECT expires_at = created_at + interval '24h' FROM idempotency_keys WHERE expires_at = $1", placed.ExpiresAt)
 	if err := row.Scan(&exact); err != nil || !exact {
 		t.Errorf("the key expires at %s, %v; want the retention after it was taken", placed.ExpiresAt, err)
 	}
@@ -258,7 +271,7 @@ func TestAKeyThatIsHeldElsewhereDoesNotHoldItsNeighboursUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer elsewhere.Rollback(context.Background())
-	if _, err := store.write(t.Context(), db.New(elsewhere), []Send{send("held", 1)}, newIDs(1), []int{0}); err != nil {
+	if err := write(t, store, elsewhere, send("held", 1)); err != nil {
 		t.Fatal(err)
 	}
 	results := store.placeAll([]Send{send("a", 1), send("held", 1), send("z", 1)})
@@ -352,7 +365,7 @@ func TestStatementsPlannedForSmallTablesUseTheIndexOfLargeOnes(t *testing.T) {
 	}
 	const rows = 50_000
 	for _, fill := range []string{
-		"INSERT INTO idempotency_keys SELECT 'anonymous', 'PlaceOrder', 'key ' || n, sha256(''), gen_random_uuid(), now(), now() FROM generate_series(1, $1) n",
+		"INSERT INTO idempotency_keys (digest, caller, operation, key, fingerprint, order_id, expires_at) SELECT gen_random_uuid(), 'anonymous', 'PlaceOrder', 'key ' || n, sha256(''), gen_random_uuid(), now() FROM generate_series(1, $1) n",
 		"INSERT INTO orders (id, caller, user_id, amount) SELECT gen_random_uuid(), 'anonymous', 'u', 1 FROM generate_series(1, $1)",
 	} {
 		if _, err := admin.Exec(t.Context(), fill, rows); err != nil {
@@ -377,7 +390,7 @@ func TestATransactionThatNobodyGoesOnWithIsEnded(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer left.Rollback(context.Background())
-	if _, err := NewStore(pool, time.Hour, nil).write(t.Context(), db.New(left), []Send{send("k", 1)}, newIDs(1), []int{0}); err != nil {
+	if err := write(t, NewStore(pool, time.Hour, nil), left, send("k", 1)); err != nil {
 		t.Fatal(err)
 	}
 	if placed, err := NewStore(pool, time.Hour, nil).Place(send("k", 1)); err != nil || placed.Replayed {

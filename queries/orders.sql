@@ -1,17 +1,17 @@
 -- name: PlaceOrders :many
 -- Places a batch of orders: takes each key that is free or has expired, and writes an order and its outbox event for each
 -- key it took. Returns those. A key without a row belongs to a committed send; one that another transaction is writing is
--- waited for. No key may stand twice in a batch, and all batches must be in the same order of keys, or two of them may
+-- waited for. No key may stand twice in a batch, and all batches must be in the same order of digests, or two of them may
 -- deadlock. An empty traceparent is stored as NULL.
 WITH sent AS MATERIALIZED (
-    SELECT unnest(@callers::text[]) AS caller, unnest(@operations::text[]) AS operation, unnest(@keys::text[]) AS key,
-           unnest(@fingerprints::bytea[]) AS fingerprint, unnest(@order_ids::uuid[]) AS order_id,
+    SELECT unnest(@digests::uuid[]) AS digest, unnest(@callers::text[]) AS caller, unnest(@operations::text[]) AS operation,
+           unnest(@keys::text[]) AS key, unnest(@fingerprints::bytea[]) AS fingerprint, unnest(@order_ids::uuid[]) AS order_id,
            unnest(@user_ids::text[]) AS user_id, unnest(@amounts::bigint[]) AS amount, unnest(@event_ids::uuid[]) AS event_id,
            unnest(@payloads::json[]) AS payload, unnest(@traceparents::text[]) AS traceparent
 ), taken AS (
-    INSERT INTO idempotency_keys AS held (caller, operation, key, fingerprint, order_id, expires_at)
-    SELECT caller, operation, key, fingerprint, order_id, now() + @retention::interval FROM sent
-    ON CONFLICT (caller, operation, key) DO UPDATE
+    INSERT INTO idempotency_keys AS held (digest, caller, operation, key, fingerprint, order_id, expires_at)
+    SELECT digest, caller, operation, key, fingerprint, order_id, now() + @retention::interval FROM sent
+    ON CONFLICT (digest) DO UPDATE
     SET fingerprint = excluded.fingerprint, order_id = excluded.order_id,
         created_at = excluded.created_at, expires_at = excluded.expires_at
     WHERE held.expires_at <= now()

@@ -13,32 +13,20 @@ import (
 )
 
 const findIdempotencyKeys = `-- name: FindIdempotencyKeys :many
-SELECT held.caller, held.operation, held.key, held.fingerprint, held.order_id, held.expires_at
-FROM (SELECT unnest($1::text[]) AS caller, unnest($2::text[]) AS operation, unnest($3::text[]) AS key) AS wanted,
-     LATERAL (SELECT caller, operation, key, fingerprint, order_id, created_at, expires_at FROM idempotency_keys k
-              WHERE k.caller = wanted.caller AND k.operation = wanted.operation AND k.key = wanted.key
-              LIMIT 1) AS held
-WHERE held.expires_at > now()
+SELECT digest, fingerprint, order_id, expires_at
+FROM idempotency_keys
+WHERE digest = ANY ($1::uuid[]) AND expires_at > now()
 `
 
-type FindIdempotencyKeysParams struct {
-	Callers    []string
-	Operations []string
-	Keys       []string
-}
-
 type FindIdempotencyKeysRow struct {
-	Caller      string
-	Operation   string
-	Key         string
+	Digest      uuid.UUID
 	Fingerprint []byte
 	OrderID     uuid.UUID
 	ExpiresAt   time.Time
 }
 
-// The limit changes nothing, but keeps the planner from joining in any other way than key by key.
-func (q *Queries) FindIdempotencyKeys(ctx context.Context, arg FindIdempotencyKeysParams) ([]FindIdempotencyKeysRow, error) {
-	rows, err := q.db.Query(ctx, findIdempotencyKeys, arg.Callers, arg.Operations, arg.Keys)
+func (q *Queries) FindIdempotencyKeys(ctx context.Context, digests []uuid.UUID) ([]FindIdempotencyKeysRow, error) {
+	rows, err := q.db.Query(ctx, findIdempotencyKeys, digests)
 	if err != nil {
 		return nil, err
 	}
@@ -47,9 +35,7 @@ func (q *Queries) FindIdempotencyKeys(ctx context.Context, arg FindIdempotencyKe
 	for rows.Next() {
 		var i FindIdempotencyKeysRow
 		if err := rows.Scan(
-			&i.Caller,
-			&i.Operation,
-			&i.Key,
+			&i.Digest,
 			&i.Fingerprint,
 			&i.OrderID,
 			&i.ExpiresAt,

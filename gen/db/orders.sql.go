@@ -39,30 +39,31 @@ func (q *Queries) GetOrder(ctx context.Context, arg GetOrderParams) (Order, erro
 
 const placeOrders = `-- name: PlaceOrders :many
 WITH sent AS MATERIALIZED (
-    SELECT unnest($1::text[]) AS caller, unnest($2::text[]) AS operation, unnest($3::text[]) AS key,
-           unnest($4::bytea[]) AS fingerprint, unnest($5::uuid[]) AS order_id,
-           unnest($6::text[]) AS user_id, unnest($7::bigint[]) AS amount, unnest($8::uuid[]) AS event_id,
-           unnest($9::json[]) AS payload, unnest($10::text[]) AS traceparent
+    SELECT unnest($1::uuid[]) AS digest, unnest($2::text[]) AS caller, unnest($3::text[]) AS operation,
+           unnest($4::text[]) AS key, unnest($5::bytea[]) AS fingerprint, unnest($6::uuid[]) AS order_id,
+           unnest($7::text[]) AS user_id, unnest($8::bigint[]) AS amount, unnest($9::uuid[]) AS event_id,
+           unnest($10::json[]) AS payload, unnest($11::text[]) AS traceparent
 ), taken AS (
-    INSERT INTO idempotency_keys AS held (caller, operation, key, fingerprint, order_id, expires_at)
-    SELECT caller, operation, key, fingerprint, order_id, now() + $11::interval FROM sent
-    ON CONFLICT (caller, operation, key) DO UPDATE
+    INSERT INTO idempotency_keys AS held (digest, caller, operation, key, fingerprint, order_id, expires_at)
+    SELECT digest, caller, operation, key, fingerprint, order_id, now() + $12::interval FROM sent
+    ON CONFLICT (digest) DO UPDATE
     SET fingerprint = excluded.fingerprint, order_id = excluded.order_id,
         created_at = excluded.created_at, expires_at = excluded.expires_at
     WHERE held.expires_at <= now()
     RETURNING order_id, expires_at
 ), placed AS (
     INSERT INTO orders (id, caller, user_id, amount, created_at)
-    SELECT order_id, caller, user_id, amount, $12::timestamptz FROM sent JOIN taken USING (order_id)
+    SELECT order_id, caller, user_id, amount, $13::timestamptz FROM sent JOIN taken USING (order_id)
 ), announced AS (
     INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload, traceparent, created_at)
-    SELECT event_id, order_id, $13::text, $14::text, payload, NULLIF(traceparent, ''), $12
+    SELECT event_id, order_id, $14::text, $15::text, payload, NULLIF(traceparent, ''), $13
     FROM sent JOIN taken USING (order_id)
 )
 SELECT order_id, expires_at FROM taken
 `
 
 type PlaceOrdersParams struct {
+	Digests      []uuid.UUID
 	Callers      []string
 	Operations   []string
 	Keys         []string
@@ -86,10 +87,11 @@ type PlaceOrdersRow struct {
 
 // Places a batch of orders: takes each key that is free or has expired, and writes an order and its outbox event for each
 // key it took. Returns those. A key without a row belongs to a committed send; one that another transaction is writing is
-// waited for. No key may stand twice in a batch, and all batches must be in the same order of keys, or two of them may
+// waited for. No key may stand twice in a batch, and all batches must be in the same order of digests, or two of them may
 // deadlock. An empty traceparent is stored as NULL.
 func (q *Queries) PlaceOrders(ctx context.Context, arg PlaceOrdersParams) ([]PlaceOrdersRow, error) {
 	rows, err := q.db.Query(ctx, placeOrders,
+		arg.Digests,
 		arg.Callers,
 		arg.Operations,
 		arg.Keys,
