@@ -20,7 +20,10 @@ type Key struct {
 // is, no part can be mistaken for another, and it does not show the key. That two keys share one is as likely as two random
 // 128-bit numbers being equal, and as hard to bring about.
 func (k Key) Digest() [16]byte {
-	sum := sha256.Sum256([]byte(k.Operation + "\x00" + k.Caller + "\x00" + k.Value)) // no part contains U+0000
+	parts := make([]byte, 0, 512)                    // does not escape
+	parts = append(append(parts, k.Operation...), 0) // no part contains U+0000
+	parts = append(append(parts, k.Caller...), 0)
+	sum := sha256.Sum256(append(parts, k.Value...))
 	return [16]byte(sum[:])
 }
 

@@ -75,6 +75,9 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 
 // isJSON tells whether the headers declare plain JSON. The charset may be spelled out: JSON is always UTF-8.
 func isJSON(h http.Header) bool {
+	if h.Get("Content-Type") == "application/json" && h.Get("Content-Encoding") == "" { // as nearly always
+		return true
+	}
 	mediaType, params, err := mime.ParseMediaType(h.Get("Content-Type"))
 	charset, spelled := params["charset"]
 	return err == nil && mediaType == "application/json" &&

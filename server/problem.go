@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"strconv"
 
+	"github.com/google/uuid"
+
 	"idempotent-orders/gen/api"
 	"idempotent-orders/idempotency"
 	"idempotent-orders/migrations"
@@ -163,7 +165,7 @@ func classify(err error) problemType {
 // refuse answers a request with the problem that err is. The cause goes to the log, never to the client.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	p := classify(err)
-	id := requestID(r.Context())
+	id := uuid.Must(uuid.NewV7()).String() // names the request in the log and in the problem
 	s.logProblem(r, p, id, err)
 
 	body := api.Problem{Type: "/problems/" + p.name, Title: p.title, Status: p.status, Detail: p.detail, Instance: id}

@@ -10,10 +10,10 @@ import (
 	"net"
 	"net/http"
 	"path"
+	"strings"
 	"sync"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 
@@ -75,7 +75,8 @@ func New(cfg Config) *Server {
 		BaseRouter:       s.mux,
 		ErrorHandlerFunc: s.refuseParameter,
 	})
-	s.handler = s.identified(s.recovered(s.tidied(http.HandlerFunc(s.route))))
+	s.mux.HandleFunc("/", s.refuseUnknown)
+	s.handler = s.recovered(s.tidied(http.HandlerFunc(s.route)))
 	return s
 }
 
@@ -140,21 +141,6 @@ func (s *silentConns) close() {
 	}
 }
 
-type requestIDKey struct{}
-
-// requestID returns the id that names the request in the log and in problems.
-func requestID(ctx context.Context) string {
-	id, _ := ctx.Value(requestIDKey{}).(uuid.UUID)
-	return id.String()
-}
-
-func (s *Server) identified(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		id := uuid.Must(uuid.NewV7())
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestIDKey{}, id)))
-	})
-}
-
 // recovered turns a panic into an answer, or cuts the connection when an answer had begun.
 func (s *Server) recovered(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -165,7 +151,7 @@ func (s *Server) recovered(next http.Handler) http.Handler {
 			case cause == http.ErrAbortHandler:
 				panic(cause)
 			case answer.begun:
-				s.Log.ErrorContext(r.Context(), "An answer was cut off", "request", requestID(r.Context()), "error", &panicked{cause})
+				s.Log.ErrorContext(r.Context(), "An answer was cut off", "method", r.Method, "path", r.URL.Path, "error", &panicked{cause})
 				panic(http.ErrAbortHandler)
 			default:
 				s.refuse(w, r, &panicked{cause})
@@ -199,37 +185,32 @@ func (s *Server) tidied(next http.Handler) http.Handler {
 	})
 }
 
-// route hands the request to its operation. ServeMux would answer in plain text when there is none, and redirect a path
-// that is not clean, which makes a GET of a POST.
+// route hands the request to its operation. ServeMux would redirect a path that is not clean, which makes a GET of a POST.
 func (s *Server) route(w http.ResponseWriter, r *http.Request) {
 	if path.Clean(r.URL.Path) != r.URL.Path {
 		s.refuse(w, r, errNotFound)
 		return
 	}
-	answerOfMux, pattern := s.mux.Handler(r)
-	if pattern != "" {
-		s.mux.ServeHTTP(w, r)
-		return
+	s.mux.ServeHTTP(w, r)
+}
+
+// refuseUnknown answers what no operation answers. ServeMux would do so in plain text.
+func (s *Server) refuseUnknown(w http.ResponseWriter, r *http.Request) {
+	var allowed []string
+	for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost} {
+		other := r.Clone(r.Context())
+		other.Method = method
+		if _, pattern := s.mux.Handler(other); pattern != "/" {
+			allowed = append(allowed, method)
+		}
 	}
-	probe := &discarded{header: http.Header{}}
-	answerOfMux.ServeHTTP(probe, r)
-	if probe.status == http.StatusMethodNotAllowed {
-		w.Header().Set("Allow", probe.header.Get("Allow"))
+	if len(allowed) > 0 {
+		w.Header().Set("Allow", strings.Join(allowed, ", "))
 		s.refuse(w, r, errMethodNotAllowed)
 		return
 	}
 	s.refuse(w, r, errNotFound)
 }
-
-// discarded takes the answer of ServeMux when it has no operation, for its status and headers.
-type discarded struct {
-	header http.Header
-	status int
-}
-
-func (d *discarded) Header() http.Header         { return d.header }
-func (d *discarded) WriteHeader(status int)      { d.status = status }
-func (d *discarded) Write(b []byte) (int, error) { return len(b), nil }
 
 // refuseParameter answers a request whose parameters the generated code could not read.
 func (s *Server) refuseParameter(w http.ResponseWriter, r *http.Request, err error) {
