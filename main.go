@@ -169,16 +169,23 @@ func newServer(cfg config.Config, stores *stores, committed func(), log *slog.Lo
 }
 
 func newConsumer(cfg config.Config, stores *stores, log *slog.Logger) *worker.Consumer {
-	var sender worker.Sender = worker.NewLogSender(log)
-	if cfg.EmailSender == "discard" {
-		sender = worker.DiscardSender{}
-	}
 	name, err := os.Hostname()
 	if err != nil {
 		name = "unknown"
 	}
 	subscription := broker.NewRedisStreams(stores.redis).Subscribe(worker.EmailConsumer, name, worker.AbandonedAfter)
-	return worker.NewConsumer(stores.pool, subscription, sender, worker.AbandonedAfter, log)
+	return worker.NewConsumer(stores.pool, subscription, newSender(cfg, log), worker.AbandonedAfter, log)
+}
+
+func newSender(cfg config.Config, log *slog.Logger) worker.Sender {
+	switch cfg.EmailSender {
+	case "smtp":
+		return worker.NewSMTPSender(worker.SMTPConfig(cfg.SMTP))
+	case "discard":
+		return worker.DiscardSender{}
+	default:
+		return worker.NewLogSender(log)
+	}
 }
 
 // drain empties the outbox and the stream before a Redis inside this process is lost.

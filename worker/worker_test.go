@@ -33,7 +33,7 @@ func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
 
 // bench is a database and a Redis, with what the tests do to them.
 type bench struct {
-	t      *testing.T
+	t      testing.TB
 	pool   *pgxpool.Pool
 	redis  redis.UniversalClient
 	server *testenv.RedisServer
@@ -43,7 +43,7 @@ type bench struct {
 	log    *syncBuffer
 }
 
-func newBench(t *testing.T) *bench {
+func newBench(t testing.TB) *bench {
 	pool := testenv.Database(t)
 	rdb, server := testenv.Redis(t)
 	return &bench{
@@ -73,7 +73,9 @@ func (b *bench) place(n int) []uuid.UUID {
 func (b *bench) fill(n int) {
 	b.t.Helper()
 	_, err := b.pool.Exec(b.t.Context(), `INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload)
-		SELECT gen_random_uuid(), gen_random_uuid(), 'order.created.v1', '/orders', '{}' FROM generate_series(1, $1)`, n)
+		SELECT gen_random_uuid(), id, 'order.created.v1', '/orders',
+			json_build_object('order_id', id, 'user_id', 'user-456', 'amount', 1000, 'created_at', '2026-01-02T03:04:05.678901Z')
+		FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, $1)) AS an_order`, n)
 	if err != nil {
 		b.t.Fatal(err)
 	}

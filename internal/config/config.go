@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/mail"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,14 +45,19 @@ var Variables = []Variable{
 	{"PORT", "8080", "public HTTP; 0 takes any free port"},
 	{"IDEMPOTENCY_RETENTION", "24h", "how long an Idempotency-Key answers after its order was placed"},
 	{"EVENT_BROKER", "redis-streams", "redis-streams"},
-	{"EMAIL_SENDER", "log", "log writes each mail to the log; discard sends nothing"},
+	{"EMAIL_SENDER", "log", "log writes each mail to the log; smtp sends it; discard sends nothing"},
+	{"EMAIL_FROM", "", "with smtp, the sender of each mail, such as orders@example.com"},
+	{"EMAIL_TO_DOMAIN", "", "a mail goes to the user id at this domain (default the domain of EMAIL_FROM)"},
+	{"SMTP_ADDR", "", "with smtp, the server that takes the mails, such as mail.example.com:587"},
+	{"SMTP_TLS", "required", "required or opportunistic STARTTLS, implicit (TLS at once, usually port 465), or none"},
+	{"SMTP_USER", "", ""},
+	{"SMTP_PASSWORD", "", ""},
 	{"LOG_FORMAT", "text", "text or json"},
 	{"LOG_LEVEL", "info", "debug, info, warn or error"},
 }
 
 // later are variables that are part of the contract but not built yet. To ignore one would be to promise what is not kept.
-var later = []string{"API_KEYS", "OPS_ADDR", "OPS_TOKEN", "OUTBOX_RETENTION", "OUTBOX_MAX_AGE", "NATS_URL", "KAFKA_BROKERS",
-	"SMTP_ADDR", "EMAIL_FROM"}
+var later = []string{"API_KEYS", "OPS_ADDR", "OPS_TOKEN", "OUTBOX_RETENTION", "OUTBOX_MAX_AGE", "NATS_URL", "KAFKA_BROKERS"}
 
 // Config is the whole configuration.
 type Config struct {
@@ -63,9 +70,20 @@ type Config struct {
 
 	Port                 int           // 0: any
 	IdempotencyRetention time.Duration // at least minRetention
-	EmailSender          string        // "log" or "discard"
+	EmailSender          string        // "log", "smtp" or "discard"
+	SMTP                 SMTP          // for the sender "smtp"
 	LogJSON              bool
 	LogLevel             slog.Level
+}
+
+// SMTP says how mails reach an SMTP server.
+type SMTP struct {
+	Addr     string       // host:port
+	User     string       // empty: without authentication
+	Password string       // only with TLS "required" or "implicit"
+	TLS      string       // "required", "opportunistic", "implicit" or "none"
+	From     mail.Address // in ASCII
+	ToDomain string       // where the user ids are mailboxes
 }
 
 // minRetention is the shortest time for which a key may answer. It is longer than a reservation in Redis lasts.
@@ -80,10 +98,11 @@ func Read(getenv func(string) string) (Config, error) {
 		RedisSet:             getenv("REDIS_ADDR") != "" || getenv("REDIS_PASSWORD") != "",
 		Port:                 r.port("PORT", 0),
 		IdempotencyRetention: r.duration("IDEMPOTENCY_RETENTION", minRetention),
-		EmailSender:          r.oneOf("EMAIL_SENDER", "log", "discard"),
+		EmailSender:          r.oneOf("EMAIL_SENDER", "log", "smtp", "discard"),
 		LogJSON:              r.oneOf("LOG_FORMAT", "text", "json") == "json",
 	}
 	r.oneOf("EVENT_BROKER", "redis-streams")
+	c.SMTP = r.smtp(c.EmailSender)
 	c.DatabaseURL, c.DatabaseSet = r.database()
 	_ = c.LogLevel.UnmarshalText([]byte(r.oneOf("LOG_LEVEL", "debug", "info", "warn", "error")))
 	for _, name := range later {
@@ -103,7 +122,7 @@ func (c Config) LogValue() slog.Value {
 	return slog.GroupValue(
 		slog.String("database", database), slog.String("redis", strings.Join(c.RedisAddrs, ",")), slog.Int("port", c.Port),
 		slog.Duration("idempotency_retention", c.IdempotencyRetention), slog.String("email_sender", c.EmailSender),
-		slog.Any("log_level", c.LogLevel),
+		slog.String("smtp", c.SMTP.Addr), slog.Any("log_level", c.LogLevel),
 	)
 }
 
@@ -160,12 +179,66 @@ func (r *reader) addresses(name string) []string {
 	addrs := strings.Split(r.value(name), ",")
 	for i := range addrs {
 		addrs[i] = strings.TrimSpace(addrs[i])
-		host, port, err := net.SplitHostPort(addrs[i])
-		if n, portErr := strconv.Atoi(port); err != nil || host == "" || portErr != nil || n < 1 || n > 65535 {
+		if !isAddress(addrs[i]) {
 			r.mistake(name, "has %q; an address is host:port", addrs[i])
 		}
 	}
 	return addrs
+}
+
+func isAddress(addr string) bool {
+	host, port, err := net.SplitHostPort(addr)
+	n, portErr := strconv.Atoi(port)
+	return err == nil && host != "" && portErr == nil && n >= 1 && n <= 65535
+}
+
+// smtp returns how mails reach an SMTP server, when that is the sender.
+func (r *reader) smtp(sender string) SMTP {
+	if sender != "smtp" {
+		if r.getenv("EMAIL_SENDER") == "" && r.getenv("SMTP_ADDR") != "" {
+			r.mistake("SMTP_ADDR", "is set, and EMAIL_SENDER is not; set EMAIL_SENDER=smtp to send mails there")
+		}
+		return SMTP{}
+	}
+	s := SMTP{
+		Addr: r.getenv("SMTP_ADDR"), User: r.getenv("SMTP_USER"), Password: r.getenv("SMTP_PASSWORD"),
+		TLS: r.oneOf("SMTP_TLS", "required", "opportunistic", "implicit", "none"),
+	}
+	if !isAddress(s.Addr) {
+		r.mistake("SMTP_ADDR", "is %q; with EMAIL_SENDER=smtp it must be host:port, such as mail.example.com:587", s.Addr)
+	}
+	switch {
+	case (s.User == "") != (s.Password == ""):
+		r.mistake("SMTP_USER", "and SMTP_PASSWORD go together; set both or neither")
+	case s.Password != "" && (s.TLS == "none" || s.TLS == "opportunistic"): // who sits in between can take an offer of TLS away
+		r.mistake("SMTP_PASSWORD", "could be sent unencrypted with SMTP_TLS=%s; set SMTP_TLS to required or implicit", s.TLS)
+	}
+	s.From, s.ToDomain = r.from("EMAIL_FROM")
+	if domain := r.getenv("EMAIL_TO_DOMAIN"); domain != "" {
+		if s.ToDomain = domain; !domainName.MatchString(domain) {
+			r.mistake("EMAIL_TO_DOMAIN", "is %q; it must be a domain, such as example.com", domain)
+		}
+	}
+	return s
+}
+
+// What mail servers take without extensions, and no more than anybody needs: in particular no quotes and no brackets.
+var (
+	domainName = regexp.MustCompile(`^[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*$`)
+	localPart  = regexp.MustCompile(`^[A-Za-z0-9_+=-]+(\.[A-Za-z0-9_+=-]+)*$`)
+)
+
+// from returns the sender of mails, which may have a name, and its domain.
+func (r *reader) from(name string) (mail.Address, string) {
+	addr, err := mail.ParseAddress(r.getenv(name))
+	if err == nil {
+		local, domain, _ := strings.Cut(addr.Address, "@")
+		if localPart.MatchString(local) && domainName.MatchString(domain) {
+			return *addr, domain
+		}
+	}
+	r.mistake(name, "is %q; with EMAIL_SENDER=smtp it must be an address, such as Shop <orders@example.com>", r.getenv(name))
+	return mail.Address{}, ""
 }
 
 // database returns the connection string, and whether any variable names the database.

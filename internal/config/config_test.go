@@ -3,6 +3,8 @@ package config
 import (
 	"fmt"
 	"log/slog"
+	"maps"
+	"net/mail"
 	"slices"
 	"strings"
 	"testing"
@@ -47,8 +49,8 @@ func TestEveryVariableCounts(t *testing.T) {
 func TestEachMistakeIsNamedAndNoSecretIsShown(t *testing.T) {
 	env := map[string]string{
 		"DB_HOST": "db", "DB_PORT": "x", "DB_PASSWORD": "canary", "DATABASE_URL": "postgres://u:canary@:x/n", "REDIS_ADDR": "nohost",
-		"REDIS_PASSWORD": "canary", "PORT": "65536", "IDEMPOTENCY_RETENTION": "1", "EMAIL_SENDER": "smtp", "EVENT_BROKER": "kafka",
-		"LOG_FORMAT": "xml", "LOG_LEVEL": "loud", "API_KEYS": "canary", "OPS_ADDR": ":9090", "SMTP_ADDR": "canary",
+		"REDIS_PASSWORD": "canary", "PORT": "65536", "IDEMPOTENCY_RETENTION": "1", "EMAIL_SENDER": "pigeon", "EVENT_BROKER": "kafka",
+		"LOG_FORMAT": "xml", "LOG_LEVEL": "loud", "API_KEYS": "canary", "OPS_ADDR": ":9090",
 	}
 	_, err := read(env)
 	if err == nil {
@@ -78,10 +80,75 @@ func TestEachMistakeIsNamedAndNoSecretIsShown(t *testing.T) {
 	}
 }
 
+func TestTheSMTPSenderIsConfiguredWhole(t *testing.T) {
+	env := map[string]string{"EMAIL_SENDER": "smtp", "SMTP_ADDR": "mail:587", "EMAIL_FROM": "The Shop <orders@shop.example>"}
+	c, err := read(env)
+	want := SMTP{Addr: "mail:587", TLS: "required", From: mail.Address{Name: "The Shop", Address: "orders@shop.example"}, ToDomain: "shop.example"}
+	if err != nil || c.EmailSender != "smtp" || c.SMTP != want {
+		t.Errorf("read %+v, %v; want %+v", c.SMTP, err, want)
+	}
+	maps.Copy(env, map[string]string{
+		"EMAIL_FROM": "orders@shop.example", "EMAIL_TO_DOMAIN": "people.example", "SMTP_TLS": "implicit", "SMTP_USER": "u", "SMTP_PASSWORD": "p",
+	})
+	c, err = read(env)
+	want = SMTP{Addr: "mail:587", User: "u", Password: "p", TLS: "implicit", From: mail.Address{Address: "orders@shop.example"}, ToDomain: "people.example"}
+	if err != nil || c.SMTP != want {
+		t.Errorf("read %+v, %v; want %+v", c.SMTP, err, want)
+	}
+	env["EMAIL_SENDER"] = "log" // the rest may stay
+	if c, err = read(env); err != nil || c.SMTP != (SMTP{}) {
+		t.Errorf("read %+v, %v", c.SMTP, err)
+	}
+}
+
+func TestEachMistakeInTheSMTPSenderIsNamedAndNoPasswordIsShown(t *testing.T) {
+	for _, test := range []struct {
+		env   map[string]string // an empty variable is taken out of one that is right
+		names []string
+	}{
+		{map[string]string{"SMTP_ADDR": "", "EMAIL_FROM": ""}, []string{"SMTP_ADDR", "EMAIL_FROM"}},
+		{map[string]string{"SMTP_ADDR": "mail"}, []string{"SMTP_ADDR"}},
+		{map[string]string{"SMTP_ADDR": "a:25,b:25"}, []string{"SMTP_ADDR"}},
+		{map[string]string{"SMTP_ADDR": "mail:0"}, []string{"SMTP_ADDR"}},
+		{map[string]string{"EMAIL_FROM": "shop"}, []string{"EMAIL_FROM"}},
+		{map[string]string{"EMAIL_FROM": "a@x.example, b@x.example"}, []string{"EMAIL_FROM"}},
+		{map[string]string{"EMAIL_FROM": "ä@x.example"}, []string{"EMAIL_FROM"}},
+		{map[string]string{"EMAIL_FROM": "a@ä.example"}, []string{"EMAIL_FROM"}},
+		{map[string]string{"EMAIL_FROM": "a@[127.0.0.1]"}, []string{"EMAIL_FROM"}},
+		{map[string]string{"EMAIL_FROM": `"a b"@x.example`}, []string{"EMAIL_FROM"}},
+		{map[string]string{"EMAIL_FROM": `"a@b"@x.example`}, []string{"EMAIL_FROM"}},
+		{map[string]string{"EMAIL_TO_DOMAIN": "a@b"}, []string{"EMAIL_TO_DOMAIN"}},
+		{map[string]string{"EMAIL_TO_DOMAIN": "x.example> SIZE=1"}, []string{"EMAIL_TO_DOMAIN"}},
+		{map[string]string{"SMTP_TLS": "sometimes"}, []string{"SMTP_TLS"}},
+		{map[string]string{"SMTP_USER": "u"}, []string{"SMTP_USER", "SMTP_PASSWORD"}},
+		{map[string]string{"SMTP_PASSWORD": "canary"}, []string{"SMTP_USER", "SMTP_PASSWORD"}},
+		{map[string]string{"SMTP_USER": "u", "SMTP_PASSWORD": "canary", "SMTP_TLS": "none"}, []string{"SMTP_PASSWORD", "SMTP_TLS"}},
+		{map[string]string{"SMTP_USER": "u", "SMTP_PASSWORD": "canary", "SMTP_TLS": "opportunistic"}, []string{"SMTP_PASSWORD", "SMTP_TLS"}},
+		{map[string]string{"EMAIL_SENDER": ""}, []string{"SMTP_ADDR", "EMAIL_SENDER=smtp"}},
+	} {
+		env := map[string]string{"EMAIL_SENDER": "smtp", "SMTP_ADDR": "mail:587", "EMAIL_FROM": "orders@shop.example"}
+		maps.Copy(env, test.env)
+		_, err := read(env)
+		if err == nil {
+			t.Errorf("%v: no error", test.env)
+			continue
+		}
+		for _, name := range test.names {
+			if !strings.Contains(err.Error(), name) {
+				t.Errorf("%v: the error does not name %s: %v", test.env, name, err)
+			}
+		}
+		if strings.Contains(err.Error(), "canary") {
+			t.Errorf("%v: the error shows the password: %v", test.env, err)
+		}
+	}
+}
+
 func TestTheLogShowsNoSecret(t *testing.T) {
 	for _, env := range []map[string]string{
 		{"DB_PASSWORD": "canary", "REDIS_PASSWORD": "canary"}, {"DATABASE_URL": "postgres://u:canary@db/n"},
 		{"DATABASE_URL": "host=db user=u password=canary dbname=n"},
+		{"EMAIL_SENDER": "smtp", "SMTP_ADDR": "mail:587", "EMAIL_FROM": "a@b", "SMTP_USER": "u", "SMTP_PASSWORD": "canary"},
 	} {
 		c, err := read(env)
 		if err != nil {
