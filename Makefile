@@ -65,6 +65,10 @@ fuzz: test-servers ## run each fuzz target for FUZZTIME (30s)
 loadtest: ## place 100 orders with the service that runs at http://localhost:8080
 	go run ./loadtest
 
+.PHONY: bench
+bench: ## measure everything against pgbench and a naive server, and write docs/figures.md (7 minutes; a quiet machine)
+	go run ./bench
+
 .PHONY: clean
 clean: ## remove what was built, and cached test results
 	rm -rf bin

@@ -1,0 +1,285 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/redis/go-redis/v9"
+
+	"idempotent-orders/internal/connect"
+	"idempotent-orders/internal/local"
+	"idempotent-orders/migrations"
+)
+
+// settings are the only ones that differ from PostgreSQL's defaults, the same for every contender. All contenders reach it
+// over TCP on 127.0.0.1.
+var settings = map[string]string{"max_connections": "200"}
+
+// database is the database that starts every measurement empty, and fullDatabase the one that does not.
+const (
+	database     = "bench"
+	fullDatabase = "bench_full"
+)
+
+// lab is what the measurements use: servers of this run's own, and the programs.
+type lab struct {
+	dir      string // temporary, removed by close
+	program  string // the project, built
+	self     string // this program
+	pgbench  string
+	wrk      string // empty when it is not installed
+	postgres *local.PostgreSQL
+	redis    *local.Redis
+	rdb      redis.UniversalClient
+	pool     *pgxpool.Pool
+	seconds  int
+	full     *pgxpool.Pool // nil until the full database is filled
+	taken    map[string][]sample
+}
+
+// openLab builds the program and starts the servers. Close the lab, also after an error.
+func openLab(ctx context.Context, seconds int) (l *lab, err error) {
+	l = &lab{seconds: seconds, taken: map[string][]sample{}}
+	if l.self, err = os.Executable(); err != nil {
+		return l, err
+	}
+	l.wrk, _ = exec.LookPath("wrk")
+	if _, err := local.FindRedisServer(); err != nil {
+		return l, errors.New("no redis-server 6.2 or newer found: install it (apt-get install redis-server, brew install redis)")
+	}
+	if l.dir, err = os.MkdirTemp("", "idempotent-orders-bench-"); err != nil {
+		return l, err
+	}
+	if err := os.Chmod(l.dir, 0o755); err != nil { // PostgreSQL may have to run as somebody else
+		return l, err
+	}
+	if err := l.build(ctx); err != nil {
+		return l, err
+	}
+	log := slog.New(slog.DiscardHandler)
+	if l.postgres, err = local.StartPostgreSQL(ctx, local.PostgreSQLOptions{Dir: l.dir, Settings: settings, Log: log}); err != nil {
+		return l, err
+	}
+	if l.redis, err = local.StartRedis(ctx, local.RedisOptions{Dir: l.dir, Args: []string{"--appendonly", "no", "--save", ""}, Log: log}); err != nil {
+		return l, err
+	}
+	l.rdb = connect.Redis([]string{l.redis.Addr()}, "")
+	if l.pool, err = l.create(ctx, database); err != nil {
+		return l, err
+	}
+	return l, l.findPgbench(ctx)
+}
+
+// build builds the project, wherever in it the benchmark was started.
+func (l *lab) build(ctx context.Context) error {
+	output, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
+	root := strings.TrimSpace(string(output))
+	if err != nil || root == "" {
+		return errors.New("the project is not here; run the benchmark in its root: go run ./bench")
+	}
+	l.program = filepath.Join(l.dir, "program")
+	cmd := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-o", l.program, ".")
+	cmd.Dir = root
+	if output, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build the project: %w:\n%s", err, output)
+	}
+	return nil
+}
+
+// findPgbench finds pgbench where the running PostgreSQL has its other programs.
+func (l *lab) findPgbench(ctx context.Context) error {
+	var bin string
+	if err := l.pool.QueryRow(ctx, "SELECT setting FROM pg_config WHERE name = 'BINDIR'").Scan(&bin); err != nil {
+		return fmt.Errorf("ask PostgreSQL for its folder: %w", err)
+	}
+	var err error
+	if l.pgbench, err = exec.LookPath(filepath.Join(bin, "pgbench")); err != nil {
+		if l.pgbench, err = exec.LookPath("pgbench"); err != nil {
+			return errors.New("no pgbench found: install PostgreSQL, of which it is a part (apt-get install postgresql postgresql-contrib)")
+		}
+	}
+	return nil
+}
+
+// create makes a database with the project's schema.
+func (l *lab) create(ctx context.Context, name string) (*pgxpool.Pool, error) {
+	conn, err := pgx.Connect(ctx, l.postgres.URL("postgres"))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	if _, err := conn.Exec(ctx, "CREATE DATABASE "+name); err != nil {
+		return nil, err
+	}
+	m, err := migrations.Open(l.postgres.URL(name), slog.New(slog.DiscardHandler))
+	if err != nil {
+		return nil, err
+	}
+	defer m.Close()
+	if _, err := m.Up(ctx); err != nil {
+		return nil, err
+	}
+	return pgxpool.New(ctx, l.postgres.URL(name)) // without the project's time limits: emptying and filling take what they take
+}
+
+// close stops everything and removes the folder, however ctx stands.
+func (l *lab) close(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	defer cancel()
+	var err error
+	for _, pool := range []*pgxpool.Pool{l.pool, l.full} {
+		if pool != nil {
+			pool.Close()
+		}
+	}
+	if l.rdb != nil {
+		err = errors.Join(err, l.rdb.Close())
+	}
+	if l.redis != nil {
+		err = errors.Join(err, l.redis.Stop(ctx))
+	}
+	if l.postgres != nil {
+		err = errors.Join(err, l.postgres.Stop(ctx))
+	}
+	if l.dir != "" {
+		err = errors.Join(err, os.RemoveAll(l.dir))
+	}
+	return err
+}
+
+// reset gives every measurement the same start: empty tables, an empty Redis, and a checkpoint just done.
+func (l *lab) reset(ctx context.Context) error {
+	if err := l.rdb.FlushAll(ctx).Err(); err != nil {
+		return fmt.Errorf("empty Redis: %w", err)
+	}
+	for _, sql := range []string{
+		"TRUNCATE orders, idempotency_keys, outbox, outbox_published, inbox RESTART IDENTITY", "CHECKPOINT",
+	} {
+		if _, err := l.pool.Exec(ctx, sql); err != nil {
+			return fmt.Errorf("empty the tables: %w", err)
+		}
+	}
+	return nil
+}
+
+// count returns the one number that a query gives.
+func count(ctx context.Context, pool *pgxpool.Pool, sql string) (n int, err error) {
+	err = pool.QueryRow(ctx, sql).Scan(&n)
+	return n, err
+}
+
+// process is a contender: the project, or one of the servers it is measured against.
+type process struct {
+	name   string
+	addr   string // where it serves HTTP
+	cmd    *exec.Cmd
+	said   *bytes.Buffer // read it after exited
+	exited chan struct{}
+}
+
+// plainEnv keeps the caller's variables, DB_HOST or GOGC, out of the measurement.
+func plainEnv() []string {
+	var env []string
+	for _, name := range []string{"PATH", "HOME", "TMPDIR", "SYSTEMROOT"} {
+		if value, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+value)
+		}
+	}
+	return env
+}
+
+// start starts a contender on a database and waits until it answers. Its parts without HTTP are not waited for.
+func (l *lab) start(ctx context.Context, name, database string) (*process, error) {
+	port, err := freePort()
+	if err != nil {
+		return nil, err
+	}
+	p := &process{name: name, addr: net.JoinHostPort("127.0.0.1", port), said: &bytes.Buffer{}, exited: make(chan struct{})}
+	switch name {
+	case everything:
+		p.cmd = exec.CommandContext(ctx, l.program)
+	case server, worker:
+		p.cmd = exec.CommandContext(ctx, l.program, name)
+	default:
+		p.cmd = exec.CommandContext(ctx, l.self, hiddenServer, name)
+	}
+	p.cmd.Env = append(plainEnv(), "DATABASE_URL="+l.postgres.URL(database), "REDIS_ADDR="+l.redis.Addr(), "PORT="+port,
+		"EMAIL_SENDER=discard", "LOG_LEVEL=warn")
+	p.cmd.Stdout, p.cmd.Stderr = p.said, p.said
+	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
+	p.cmd.WaitDelay = 15 * time.Second
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() {
+		defer close(p.exited)
+		_ = p.cmd.Wait()
+	}()
+	if name == worker {
+		return p, nil
+	}
+	if err := p.ready(ctx); err != nil {
+		p.stop()
+		return nil, fmt.Errorf("start %s: %w: %s", name, err, lastLine(p.said.Bytes()))
+	}
+	return p, nil
+}
+
+// ready waits until the contender answers.
+func (p *process) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	for {
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+p.addr+"/readyz", nil)
+		if err != nil {
+			return err
+		}
+		if response, err := http.DefaultClient.Do(request); err == nil {
+			response.Body.Close()
+			if response.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		select {
+		case <-p.exited:
+			return errors.New("it ended")
+		case <-ctx.Done():
+			return fmt.Errorf("it does not get ready: %w", ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// stop ends the contender and waits for that; after 15 s it is killed. Stopping again does nothing.
+func (p *process) stop() {
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.exited:
+	case <-time.After(15 * time.Second):
+		_ = p.cmd.Process.Kill()
+		<-p.exited
+	}
+}
+
+func freePort() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	return port, err
+}

@@ -1,0 +1,157 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+)
+
+// sample is one taking of a measurement.
+type sample struct {
+	rate     float64 // in the measurement's unit
+	p50, p99 float64 // microseconds; 0: not measured
+	failed   int     // requests that were answered wrongly or not at all
+	used     usage
+	load     float64 // cores that the load generator used
+	note     string
+}
+
+// measurement is one line of the report. Its name stands for it everywhere.
+type measurement struct {
+	group    string // what --only names
+	name     string
+	unit     string
+	settings string
+	long     bool // only with --long
+	once     bool // in the first round only
+	ours     bool // the project is what is measured
+	take     func(ctx context.Context) (sample, error)
+}
+
+const (
+	clientsMany = 256
+	clientsSome = 64
+	drained     = 200_000
+	drainedLong = 1_000_000
+	fullOrders  = 5_000_000
+	statement   = 128 // rows in a statement, scripts in a pipeline
+	idleFor     = 20 * time.Second
+)
+
+// Names that the goals ask for.
+const (
+	nameRedis      = "Redis, reserve script pipelined"
+	nameReplay     = "replay of one key"
+	nameMismatch   = "mismatch"
+	nameConflict   = "conflict"
+	nameOpen       = "open loop, the server at half of its peak"
+	nameOpenNaive  = "open loop, naive at the same rate, or at its own peak if that is lower"
+	nameOpenOwn    = "open loop, naive at half of its own peak"
+	nameEndToEnd   = "end to end"
+	nameIdle       = "idle"
+	nameFull       = "intake into 5,000,000 orders, 256 connections"
+	unitOrders     = "orders/s"
+	unitAnswers    = "answers/s"
+	unitEvents     = "events/s"
+	unitPercentage = "% of a core"
+)
+
+func nameOf(contender string, connections int) string {
+	what := map[string]string{server: "intake", naiveServer: "naive server", emptyServer: "empty handler"}[contender]
+	return what + ", " + plural(connections, "connection")
+}
+
+func namePgbench(mode string, clients int) string {
+	return fmt.Sprintf("pgbench, one transaction an order, %s, %s", mode, plural(clients, "client"))
+}
+
+func namePgbenchMany(clients int) string {
+	return fmt.Sprintf("pgbench, %d orders a statement, %s", statement, plural(clients, "client"))
+}
+
+func plural(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
+
+func nameDrain(events int, held bool) string {
+	if held {
+		return nameDrain(events, false) + " under a held snapshot"
+	}
+	return fmt.Sprintf("relay drain of %s events", pretty(float64(events)))
+}
+
+// measurements returns everything there is to measure, in the order in which a round takes it: contenders that are
+// compared stand near each other.
+func (l *lab) measurements() []measurement {
+	var all []measurement
+	closed := func(group, contender string, connections int) {
+		unit := unitOrders
+		if contender == emptyServer {
+			unit = unitAnswers
+		}
+		all = append(all, measurement{group: group, name: nameOf(contender, connections), unit: unit, ours: contender == server,
+			settings: l.loadSettings(connections) + ", fresh keys",
+			take:     func(ctx context.Context) (sample, error) { return l.intake(ctx, contender, l.pool, connections) }})
+	}
+	sameKey := func(name, settings string, take func(context.Context) (sample, error)) {
+		all = append(all, measurement{group: "same-key", name: name, unit: unitAnswers, ours: true,
+			settings: l.loadSettings(clientsSome) + ", " + settings, take: take})
+	}
+	open := func(name string, take func(context.Context) (sample, error)) {
+		all = append(all, measurement{group: "open", name: name, unit: unitOrders, ours: name == nameOpen,
+			settings: fmt.Sprintf("vegeta, fixed rate, at most 1024 under way, %d s after 1 s of warm-up, fresh keys", l.seconds), take: take})
+	}
+	drain := func(events int, held bool) {
+		all = append(all, measurement{group: "drain", name: nameDrain(events, held), unit: unitEvents, ours: true, long: events > drained,
+			settings: "one `worker`; from the first batch in the stream to the last",
+			take:     func(ctx context.Context) (sample, error) { return l.drain(ctx, events, held) }})
+	}
+
+	closed("empty", emptyServer, clientsSome)
+	closed("empty", emptyServer, clientsMany)
+	for _, clients := range []int{16, 64} {
+		for _, mode := range []string{"prepared", "simple"} {
+			all = append(all, l.pgbenchOne(mode, clients))
+		}
+	}
+	for _, clients := range []int{1, 2, 4} {
+		all = append(all, l.pgbenchMany(clients))
+	}
+	all = append(all, measurement{group: "redis", name: nameRedis, unit: "scripts/s", take: l.scripts,
+		settings: fmt.Sprintf("lua/reserve.lua, EVALSHA, fresh keys, %d a pipeline, 2 connections, %d s", statement, l.seconds)})
+	for _, connections := range []int{1, clientsSome, clientsMany} {
+		closed("naive", naiveServer, connections)
+	}
+	for _, connections := range []int{1, 16, clientsSome, clientsMany} {
+		closed("intake", server, connections)
+	}
+	all = append(all, measurement{group: "full", name: nameFull, unit: unitOrders, ours: true, long: true,
+		settings: l.loadSettings(clientsMany) + ", fresh keys; only the outbox is emptied", take: l.intakeIntoFull})
+	sameKey(nameReplay, "one committed key, all 200 and replayed", l.replay)
+	sameKey(nameMismatch, "one committed key, another amount, all 422", l.mismatch)
+	sameKey(nameConflict, "one key that another holds in Redis, all 409", l.conflict)
+	open(nameOpen, func(ctx context.Context) (sample, error) { return l.openLoop(ctx, server, l.peak(server)/2) })
+	open(nameOpenNaive, func(ctx context.Context) (sample, error) {
+		return l.openLoop(ctx, naiveServer, min(l.peak(server)/2, l.peak(naiveServer)))
+	})
+	open(nameOpenOwn, func(ctx context.Context) (sample, error) { return l.openLoop(ctx, naiveServer, l.peak(naiveServer)/2) })
+	for _, events := range []int{drained, drainedLong} {
+		drain(events, false)
+		drain(events, true)
+	}
+	all = append(all, measurement{group: "end-to-end", name: nameEndToEnd, unit: unitOrders, ours: true, take: l.endToEnd,
+		settings: l.loadSettings(clientsMany) + ", fresh keys; server, worker and consumer in one process, until the last inbox row is `sent`"})
+	return append(all, measurement{group: "idle", name: nameIdle, unit: unitPercentage, ours: true, once: true, take: l.idle,
+		settings: fmt.Sprintf("server, worker and consumer in one process, nothing to do, %s", idleFor)})
+}
+
+// loadSettings names the generator of a closed loop and its settings.
+func (l *lab) loadSettings(connections int) string {
+	if l.wrk == "" {
+		return fmt.Sprintf("own generator, %s, %d s", plural(connections, "connection"), l.seconds)
+	}
+	return fmt.Sprintf("wrk -t1 -c%d -d%ds", connections, l.seconds)
+}
