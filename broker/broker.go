@@ -5,6 +5,7 @@ package broker
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"time"
 
 	"github.com/google/uuid"
@@ -23,9 +24,20 @@ type Event struct {
 
 // Publisher hands events to the broker.
 type Publisher interface {
-	// Publish returns nil when the broker has accepted every event, in their order. After an error any of them may have
-	// been accepted.
+	// Publish returns nil when the broker has accepted every event, in their order, and a *RefusedError when it has accepted all
+	// but some that it refuses for what they are. After any other error any of them may have been accepted.
 	Publish(ctx context.Context, events []Event) error
+	// Epoch names one life of the broker's memory. Another one means that it may have forgotten what it accepted.
+	Epoch(ctx context.Context) (string, error)
+}
+
+// RefusedError tells which events of a batch the broker refuses, and would refuse again. The others were accepted.
+type RefusedError struct {
+	Events map[int]error // by their place in the batch
+}
+
+func (e *RefusedError) Error() string {
+	return fmt.Sprintf("the broker refused %d events", len(e.Events))
 }
 
 // Delivery is an event as a subscription received it.

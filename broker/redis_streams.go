@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -28,16 +29,102 @@ func NewRedisStreams(rdb redis.UniversalClient) *RedisStreams { return &RedisStr
 
 // Publish adds the events to the stream in one pipeline.
 func (b *RedisStreams) Publish(ctx context.Context, events []Event) error {
-	_, err := b.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
+	if len(events) == 0 {
+		return nil
+	}
+	cmds, err := b.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for _, e := range events {
 			p.XAdd(ctx, &redis.XAddArgs{Stream: Stream, Values: fields(e)})
 		}
 		return nil
 	})
-	if err != nil {
-		return fmt.Errorf("add %d events to stream %s: %w", len(events), Stream, err)
+	if err == nil {
+		return nil
 	}
-	return nil
+	refused := map[int]error{}
+	for i, cmd := range cmds {
+		switch err := cmd.Err(); {
+		case err == nil:
+		case refuses(err):
+			refused[i] = err
+		default:
+			return fmt.Errorf("add %d events to stream %s: %w", len(events), Stream, err)
+		}
+	}
+	return &RefusedError{Events: refused}
+}
+
+// refuses tells whether an error of Redis concerns the one event, and not Redis as a whole or for the moment.
+func refuses(err error) bool {
+	var reply redis.Error
+	if !errors.As(err, &reply) {
+		return false
+	}
+	for _, whole := range []string{
+		"OOM", "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "ASK", "TRYAGAIN", "MISCONF", "BUSY", "NOREPLICAS",
+		"NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE", "EXECABORT", "UNKILLABLE",
+	} {
+		if redis.HasErrorPrefix(err, whole) {
+			return false
+		}
+	}
+	return true
+}
+
+// epochMark begins the name of a consumer group that nobody reads: it marks the stream, and is lost with it.
+const epochMark = "epoch:"
+
+// Epoch is another when Redis was restarted, when another server took over, and when the stream was lost.
+func (b *RedisStreams) Epoch(ctx context.Context) (string, error) {
+	mark, err := b.mark(ctx)
+	if err != nil {
+		return "", fmt.Errorf("mark stream %s: %w", Stream, err)
+	}
+	run, err := b.runID(ctx)
+	if err != nil {
+		return "", fmt.Errorf("ask Redis for its run id: %w", err)
+	}
+	return run + " " + mark, nil
+}
+
+// mark returns the mark of the stream, and marks one that has none.
+func (b *RedisStreams) mark(ctx context.Context) (string, error) {
+	groups, err := b.redis.XInfoGroups(ctx, Stream).Result()
+	if err != nil && !strings.HasSuffix(err.Error(), "no such key") {
+		return "", err
+	}
+	for _, group := range groups {
+		if strings.HasPrefix(group.Name, epochMark) {
+			return group.Name, nil
+		}
+	}
+	mark := epochMark + uuid.NewString()
+	return mark, b.redis.XGroupCreateMkStream(ctx, Stream, mark, "$").Err()
+}
+
+// runID returns the id of this run of the server that has the stream; in a cluster, of the master of its slot.
+func (b *RedisStreams) runID(ctx context.Context) (string, error) {
+	var server interface {
+		Info(ctx context.Context, section ...string) *redis.StringCmd
+	} = b.redis
+	if cluster, ok := b.redis.(*redis.ClusterClient); ok {
+		master, err := cluster.MasterForKey(ctx, Stream)
+		if err != nil {
+			return "", err
+		}
+		server = master
+	}
+	info, err := server.Info(ctx, "server").Result()
+	var reply redis.Error
+	if errors.As(err, &reply) { // one inside a process has none; it loses the mark when it ends
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	_, after, _ := strings.Cut(info, "run_id:")
+	id, _, _ := strings.Cut(after, "\r\n")
+	return id, nil
 }
 
 func fields(e Event) []any {

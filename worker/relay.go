@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
@@ -33,6 +34,9 @@ const (
 	idleLeast, idleMost = 5 * time.Millisecond, 250 * time.Millisecond
 	// A relay that failed tries again after failedLeast, then less and less often.
 	failedLeast, failedMost = 50 * time.Millisecond, 2 * time.Second
+	// checkEvery is how often a relay that has the turn makes sure that the broker has not forgotten, and looks after events
+	// that are held back. An idle one does the latter with each poll.
+	checkEvery = time.Second
 	// lookEvery is how often a relay looks for events below the floor, and lookTimeout how long that may take.
 	lookEvery, lookTimeout = time.Minute, 30 * time.Second
 )
@@ -46,6 +50,8 @@ type Relay struct {
 	stallTimeout time.Duration
 	timeout      time.Duration
 	floor        floor
+	checked      time.Time // when the broker was last known to be what it was
+	redriven     int       // how many events this relay has published again since the broker forgot
 }
 
 // NewRelay returns a relay from the outbox of a migrated database to publisher.
@@ -98,31 +104,74 @@ func (r *Relay) Drain(ctx context.Context) error {
 func (r *Relay) runOnce(ctx context.Context) (int, error) {
 	ctx, cancel := finishing(ctx, r.timeout)
 	defer cancel()
-	var turn db.TakeTurnRow
-	var claimed []db.ClaimOutboxBatchRow
+	var done round
 	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout, 0), func(tx pgx.Tx) (err error) {
-		q := db.New(tx)
-		if turn, err = q.TakeTurn(ctx, turnLock); err != nil {
-			return fmt.Errorf("take the turn: %w", err)
-		}
-		if !turn.Taken {
-			return nil
-		}
-		if claimed, err = q.ClaimOutboxBatch(ctx, db.ClaimOutboxBatchParams{Floor: r.floor.get(), BatchSize: relayBatch}); err != nil {
-			return fmt.Errorf("claim a batch: %w", err)
-		}
-		return r.publish(ctx, claimed)
+		done, err = r.round(ctx, db.New(tx))
+		return err
 	})
 	if err != nil {
 		return 0, err
 	}
-	switch {
-	case len(claimed) == relayBatch:
-		r.floor.raise(turn, claimed[relayBatch-1].ID)
-	case turn.Taken:
-		r.floor.raise(turn, math.MaxInt64)
+	done.settle(r)
+	return done.published, nil
+}
+
+// round is what was done in a turn, to be believed when the transaction has committed.
+type round struct {
+	turn      db.TakeTurnRow
+	claimed   int
+	last      int64 // the highest id that was claimed
+	published int
+	gated     bool // nothing was claimed because events are published again
+	checked   bool
+	notes     []func() // what to put into the log
+}
+
+// round does what there is to do in one transaction: first it makes sure that the broker still is what it was; then it
+// publishes what is new, or, when there is nothing new, what has to be published again.
+func (r *Relay) round(ctx context.Context, q *db.Queries) (done round, err error) {
+	if done.turn, err = q.TakeTurn(ctx, turnLock); err != nil {
+		return done, fmt.Errorf("take the turn: %w", err)
 	}
-	return len(claimed), nil
+	if !done.turn.Taken {
+		return done, nil
+	}
+	if time.Since(r.checked) >= checkEvery {
+		done.checked = true
+		if err := r.checkEpoch(ctx, q, &done); err != nil {
+			return done, err
+		}
+	}
+	claimed, err := q.ClaimOutboxBatch(ctx, db.ClaimOutboxBatchParams{Floor: r.floor.get(), BatchSize: relayBatch})
+	if err != nil {
+		return done, fmt.Errorf("claim a batch: %w", err)
+	}
+	if len(claimed) > 0 {
+		done.claimed, done.last = len(claimed), claimed[len(claimed)-1].ID
+		if err := r.publishClaimed(ctx, q, claimed, &done); err != nil {
+			return done, err
+		}
+	}
+	if done.checked || len(claimed) == 0 {
+		return done, r.publishAgain(ctx, q, &done)
+	}
+	return done, nil
+}
+
+// settle notes a committed round.
+func (done round) settle(r *Relay) {
+	if done.checked {
+		r.checked = time.Now()
+	}
+	switch {
+	case done.claimed == relayBatch:
+		r.floor.raise(done.turn, done.last)
+	case done.turn.Taken && !done.gated:
+		r.floor.raise(done.turn, math.MaxInt64)
+	}
+	for _, note := range done.notes {
+		note()
+	}
 }
 
 // keepLooking looks below the floor from time to time, until ctx is done.
@@ -152,21 +201,108 @@ func (r *Relay) look(ctx context.Context) {
 	r.Nudge()
 }
 
-func (r *Relay) publish(ctx context.Context, rows []db.ClaimOutboxBatchRow) error {
-	if len(rows) == 0 {
+// publishClaimed publishes events that were moved to the archive, and moves those back, to be held, that were refused or that
+// have to wait for another of their order.
+func (r *Relay) publishClaimed(ctx context.Context, q *db.Queries, claimed []db.ClaimOutboxBatchRow, done *round) error {
+	held := db.HoldEventsParams{}
+	hold := func(id int64, reason string) {
+		held.Ids = append(held.Ids, id)
+		held.Errors = append(held.Errors, reason)
+		held.Delays = append(held.Delays, retryDelay(1))
+	}
+	var events []broker.Event
+	var ids []int64
+	for _, row := range claimed {
+		if row.Behind {
+			hold(row.ID, "")
+			continue
+		}
+		events = append(events, eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent))
+		ids = append(ids, row.ID)
+	}
+	outcomes, err := r.publish(ctx, events)
+	if err != nil {
+		return err
+	}
+	for i, outcome := range outcomes {
+		switch {
+		case outcome == nil:
+			done.published++
+		case errors.Is(outcome, errBehind):
+			hold(ids[i], "")
+		default:
+			hold(ids[i], outcome.Error())
+			done.note(r, slog.LevelWarn, "The broker refused an event, which will be tried again", "event", events[i].ID, "order", events[i].Subject, "error", outcome)
+		}
+	}
+	if len(held.Ids) == 0 {
 		return nil
 	}
-	events := make([]broker.Event, len(rows))
-	for i, row := range rows {
-		events[i] = broker.Event{
-			ID: row.EventID, Source: row.Source, Type: row.EventType, Subject: row.AggregateID.String(),
-			Time: row.CreatedAt, Data: row.Payload,
-		}
-		if row.Traceparent != nil {
-			events[i].Traceparent = *row.Traceparent
-		}
+	if err := q.HoldEvents(ctx, held); err != nil {
+		return fmt.Errorf("hold events back: %w", err)
 	}
+	return nil
+}
+
+// errBehind: an event before it, of the same order, was refused.
+var errBehind = errors.New("an event before it was refused")
+
+// publish publishes events and returns what became of each: nil, errBehind, or why the broker refused it. An error means that
+// none may be believed published. Events of one order go one after the other, so that none overtakes one that is refused.
+func (r *Relay) publish(ctx context.Context, events []broker.Event) ([]error, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, publishTimeout, errors.New("the broker did not answer in time"))
 	defer cancel()
-	return r.publisher.Publish(ctx, events)
+	outcomes := make([]error, len(events))
+	refused := map[string]bool{}
+	for _, wave := range waves(events) {
+		var batch []broker.Event
+		var places []int
+		for _, i := range wave {
+			if refused[events[i].Subject] {
+				outcomes[i] = errBehind
+				continue
+			}
+			batch, places = append(batch, events[i]), append(places, i)
+		}
+		err := r.publisher.Publish(ctx, batch)
+		var refusal *broker.RefusedError
+		if err != nil && !errors.As(err, &refusal) {
+			return nil, err
+		}
+		if refusal == nil {
+			continue
+		}
+		for n, reason := range refusal.Events {
+			outcomes[places[n]] = reason
+			refused[batch[n].Subject] = true
+		}
+	}
+	return outcomes, nil
+}
+
+// waves puts the indexes of events into groups, in order, such that no order has two events in one.
+func waves(events []broker.Event) [][]int {
+	var groups [][]int
+	seen := make(map[string]int, len(events)) // how many events of an order there were
+	for i, e := range events {
+		n := seen[e.Subject]
+		seen[e.Subject]++
+		if n == len(groups) {
+			groups = append(groups, make([]int, 0, len(events)-i))
+		}
+		groups[n] = append(groups[n], i)
+	}
+	return groups
+}
+
+func eventOf(id uuid.UUID, source, eventType string, order uuid.UUID, at time.Time, data []byte, traceparent *string) broker.Event {
+	e := broker.Event{ID: id, Source: source, Type: eventType, Subject: order.String(), Time: at, Data: data}
+	if traceparent != nil {
+		e.Traceparent = *traceparent
+	}
+	return e
+}
+
+func (done *round) note(r *Relay, level slog.Level, message string, args ...any) {
+	done.notes = append(done.notes, func() { r.log.Log(context.Background(), level, message, args...) })
 }

@@ -209,6 +209,7 @@ func (s sender) Send(ctx context.Context, mail Email) error { return s(ctx, mail
 type publisher func(context.Context, []broker.Event) error
 
 func (p publisher) Publish(ctx context.Context, events []broker.Event) error { return p(ctx, events) }
+func (p publisher) Epoch(context.Context) (string, error)                    { return "", nil }
 
 type syncBuffer struct {
 	mu  sync.Mutex

@@ -12,9 +12,45 @@ import (
 	"github.com/google/uuid"
 )
 
+const archiveHeldEvents = `-- name: ArchiveHeldEvents :exec
+WITH moved AS (
+    DELETE FROM outbox_held WHERE id = ANY ($1::bigint[])
+    RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
+)
+INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at)
+SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved
+`
+
+// Moves events that were held back, and are published now, to the archive.
+func (q *Queries) ArchiveHeldEvents(ctx context.Context, ids []int64) error {
+	_, err := q.db.Exec(ctx, archiveHeldEvents, ids)
+	return err
+}
+
+const buryHeldEvent = `-- name: BuryHeldEvent :exec
+WITH moved AS (
+    DELETE FROM outbox_held WHERE outbox_held.id = $2
+    RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, attempts
+)
+INSERT INTO outbox_dead (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, attempts, reason)
+SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, attempts + 1, $1::text FROM moved
+`
+
+type BuryHeldEventParams struct {
+	Reason string
+	ID     int64
+}
+
+func (q *Queries) BuryHeldEvent(ctx context.Context, arg BuryHeldEventParams) error {
+	_, err := q.db.Exec(ctx, buryHeldEvent, arg.Reason, arg.ID)
+	return err
+}
+
 const claimOutboxBatch = `-- name: ClaimOutboxBatch :many
 WITH claimed AS MATERIALIZED (
-    SELECT o.id FROM outbox o WHERE o.id > $1 ORDER BY o.id LIMIT $2 FOR UPDATE SKIP LOCKED
+    SELECT o.id FROM outbox o
+    WHERE o.id > $1 AND (SELECT s.redrive_at IS NULL FROM relay_state s)
+    ORDER BY o.id LIMIT $2 FOR UPDATE SKIP LOCKED
 ), moved AS (
     DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT claimed.id FROM claimed))
     RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
@@ -22,7 +58,12 @@ WITH claimed AS MATERIALIZED (
     INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at)
     SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved
 )
-SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved ORDER BY id
+SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at,
+       (CASE WHEN (SELECT EXISTS (SELECT FROM outbox_held) OR EXISTS (SELECT FROM outbox_parked))
+             THEN EXISTS (SELECT FROM outbox_held h WHERE h.aggregate_id = moved.aggregate_id)
+               OR EXISTS (SELECT FROM outbox_parked k WHERE k.aggregate_id = moved.aggregate_id)
+             ELSE false END)::boolean AS behind
+FROM moved ORDER BY id
 `
 
 type ClaimOutboxBatchParams struct {
@@ -39,9 +80,11 @@ type ClaimOutboxBatchRow struct {
 	Payload     []byte
 	Traceparent *string
 	CreatedAt   time.Time
+	Behind      bool
 }
 
-// Moves the next events above the floor, in the order of id, from the outbox to the archive, and returns them. The claim is
+// Moves the next events above the floor, in the order of id, from the outbox to the archive, and returns them, with whether
+// others of their order are held back. Claims nothing while events are published again: those come first. The claim is
 // materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more. The rows are deleted by an
 // array of ids: a join, once it was planned for an empty outbox, would scan a full one.
 func (q *Queries) ClaimOutboxBatch(ctx context.Context, arg ClaimOutboxBatchParams) ([]ClaimOutboxBatchRow, error) {
@@ -62,6 +105,7 @@ func (q *Queries) ClaimOutboxBatch(ctx context.Context, arg ClaimOutboxBatchPara
 			&i.Payload,
 			&i.Traceparent,
 			&i.CreatedAt,
+			&i.Behind,
 		); err != nil {
 			return nil, err
 		}
@@ -84,6 +128,56 @@ func (q *Queries) CreateOutboxPartitions(ctx context.Context, daysAhead int32) (
 	return created, err
 }
 
+const findDueEvents = `-- name: FindDueEvents :many
+SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, attempts
+FROM outbox_held h
+WHERE h.next_attempt_at <= now() AND NOT EXISTS (SELECT FROM outbox_parked k WHERE k.aggregate_id = h.aggregate_id)
+ORDER BY h.next_attempt_at LIMIT $1
+`
+
+type FindDueEventsRow struct {
+	ID          int64
+	EventID     uuid.UUID
+	AggregateID uuid.UUID
+	EventType   string
+	Source      string
+	Payload     []byte
+	Traceparent *string
+	CreatedAt   time.Time
+	Attempts    int32
+}
+
+// Events that are held back and may be tried again: the first of their order, and not parked.
+func (q *Queries) FindDueEvents(ctx context.Context, batchSize int32) ([]FindDueEventsRow, error) {
+	rows, err := q.db.Query(ctx, findDueEvents, batchSize)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []FindDueEventsRow{}
+	for rows.Next() {
+		var i FindDueEventsRow
+		if err := rows.Scan(
+			&i.ID,
+			&i.EventID,
+			&i.AggregateID,
+			&i.EventType,
+			&i.Source,
+			&i.Payload,
+			&i.Traceparent,
+			&i.CreatedAt,
+			&i.Attempts,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const findLowestOutboxID = `-- name: FindLowestOutboxID :one
 SELECT COALESCE((SELECT id FROM outbox WHERE id <= $1 ORDER BY id LIMIT 1), 0)::bigint
 `
@@ -94,6 +188,59 @@ func (q *Queries) FindLowestOutboxID(ctx context.Context, floor int64) (int64, e
 	var column_1 int64
 	err := row.Scan(&column_1)
 	return column_1, err
+}
+
+const holdEvents = `-- name: HoldEvents :exec
+WITH back AS (
+    SELECT unnest($1::bigint[]) AS id, unnest($2::text[]) AS error, unnest($3::interval[]) AS delay
+), moved AS (
+    DELETE FROM outbox_published WHERE published_at = now() AND outbox_published.id = ANY ($1::bigint[])
+    RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
+)
+INSERT INTO outbox_held (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, attempts, next_attempt_at, last_error)
+SELECT m.id, m.event_id, m.aggregate_id, m.event_type, m.source, m.payload, m.traceparent, m.created_at,
+       (back.error <> '')::integer, CASE WHEN back.error <> '' THEN now() + back.delay END, NULLIF(back.error, '')
+FROM moved m JOIN back ON m.id = back.id
+`
+
+type HoldEventsParams struct {
+	Ids    []int64
+	Errors []string
+	Delays []time.Duration
+}
+
+// Holds back events that this transaction has moved to the archive. A refused one has an error, and is tried again after the
+// delay; one without waits for those before it.
+func (q *Queries) HoldEvents(ctx context.Context, arg HoldEventsParams) error {
+	_, err := q.db.Exec(ctx, holdEvents, arg.Ids, arg.Errors, arg.Delays)
+	return err
+}
+
+const releaseHeldEvents = `-- name: ReleaseHeldEvents :exec
+UPDATE outbox_held AS held SET next_attempt_at = now()
+WHERE held.id IN (SELECT min(h.id) FROM outbox_held h WHERE h.aggregate_id = ANY ($1::uuid[]) GROUP BY h.aggregate_id)
+  AND held.next_attempt_at IS NULL
+`
+
+// Lets the first event that is held back of each of these orders be tried.
+func (q *Queries) ReleaseHeldEvents(ctx context.Context, aggregateIds []uuid.UUID) error {
+	_, err := q.db.Exec(ctx, releaseHeldEvents, aggregateIds)
+	return err
+}
+
+const retryHeldEvent = `-- name: RetryHeldEvent :exec
+UPDATE outbox_held SET attempts = attempts + 1, next_attempt_at = now() + $1::interval, last_error = $2::text WHERE id = $3
+`
+
+type RetryHeldEventParams struct {
+	Delay time.Duration
+	Error string
+	ID    int64
+}
+
+func (q *Queries) RetryHeldEvent(ctx context.Context, arg RetryHeldEventParams) error {
+	_, err := q.db.Exec(ctx, retryHeldEvent, arg.Delay, arg.Error, arg.ID)
+	return err
 }
 
 const takeTurn = `-- name: TakeTurn :one

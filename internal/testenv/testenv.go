@@ -5,10 +5,12 @@ package testenv
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"sync"
@@ -152,6 +154,20 @@ func (s *RedisServer) Forget() {
 	if err := os.RemoveAll(filepath.Join(s.dir, "redis")); err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+// Keep keeps a copy of what the killed server has on disk, and returns a function that puts it back, while the server is killed
+// again: started then, it knows only what it knew when it was kept.
+func (s *RedisServer) Keep() (restore func()) {
+	s.t.Helper()
+	data, kept := filepath.Join(s.dir, "redis"), filepath.Join(s.dir, "kept")
+	copyFolder := func(from, to string) {
+		if err := errors.Join(os.RemoveAll(to), exec.Command("cp", "-a", from, to).Run()); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	copyFolder(data, kept)
+	return func() { copyFolder(kept, data) }
 }
 
 // Dir returns a folder that goes with the test, and that an unprivileged server can be given: it lies directly below the

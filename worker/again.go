@@ -1,0 +1,146 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"github.com/google/uuid"
+
+	"idempotent-orders/broker"
+	"idempotent-orders/gen/db"
+)
+
+const (
+	// maxAttempts is how often the broker may refuse an event before it is dead.
+	maxAttempts = 8
+	// An event that was refused n times is tried again after a random time up to retryLeast times 2 to the n, at most retryMost
+	// (full jitter).
+	retryLeast, retryMost = 250 * time.Millisecond, time.Minute
+	// heldBatch is the most events that are held back of which one round tries some again.
+	heldBatch = 100
+)
+
+// checkEpoch compares the broker's life with the one that the relays know. When it is another, what was published and is not
+// finished is published again, in this and the following rounds, before anything new is.
+func (r *Relay) checkEpoch(ctx context.Context, q *db.Queries, done *round) error {
+	state, err := q.GetRelayState(ctx)
+	if err != nil {
+		return fmt.Errorf("read the relay's state: %w", err)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, publishTimeout, errors.New("the broker did not answer in time"))
+	defer cancel()
+	epoch, err := r.publisher.Epoch(ctx)
+	if err != nil {
+		return fmt.Errorf("ask the broker for its epoch: %w", err)
+	}
+	if epoch == state.Epoch {
+		return nil
+	}
+	if err := q.StartRedrive(ctx, epoch); err != nil {
+		return fmt.Errorf("start publishing again: %w", err)
+	}
+	if state.Epoch != "" {
+		done.note(r, slog.LevelWarn, "The broker may have forgotten events: those that are not finished are published again")
+	}
+	return nil
+}
+
+// publishAgain goes on with what has to be published again: after the broker forgot, everything that is not finished; else
+// events that are held back and whose time has come.
+func (r *Relay) publishAgain(ctx context.Context, q *db.Queries, done *round) error {
+	state, err := q.GetRelayState(ctx)
+	if err != nil {
+		return fmt.Errorf("read the relay's state: %w", err)
+	}
+	if state.RedriveAt.Valid {
+		done.gated = true
+		return r.redrive(ctx, q, state.RedriveAt.Time, state.RedriveID, done)
+	}
+	return r.retry(ctx, q, done)
+}
+
+// redrive publishes the next batch of those events that were published before the broker forgot, and that the consumer has
+// not finished, oldest first. Those that the broker did not forget are delivered twice; the inbox knows them.
+func (r *Relay) redrive(ctx context.Context, q *db.Queries, at time.Time, id int64, done *round) error {
+	rows, err := q.FindUnfinishedEvents(ctx, db.FindUnfinishedEventsParams{AfterAt: at, AfterID: id, Consumer: EmailConsumer, BatchSize: relayBatch})
+	if err != nil {
+		return fmt.Errorf("find events that are not finished: %w", err)
+	}
+	events := make([]broker.Event, len(rows))
+	for i, row := range rows {
+		events[i] = eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)
+	}
+	outcomes, err := r.publish(ctx, events)
+	if err != nil {
+		return err
+	}
+	for i, outcome := range outcomes {
+		if outcome != nil {
+			done.note(r, slog.LevelError, "The broker refused an event that it took before", "event", events[i].ID, "order", events[i].Subject, "error", outcome)
+		}
+	}
+	r.redriven += len(rows)
+	done.published += len(rows)
+	if len(rows) == relayBatch {
+		last := rows[len(rows)-1]
+		err = q.MoveRedrive(ctx, db.MoveRedriveParams{RedriveAt: last.PublishedAt, RedriveID: last.ID})
+	} else {
+		err = q.EndRedrive(ctx)
+		done.note(r, slog.LevelInfo, "Everything that was not finished is published again", "events", r.redriven)
+		r.redriven = 0
+	}
+	if err != nil {
+		return fmt.Errorf("note how far events are published again: %w", err)
+	}
+	return nil
+}
+
+// retry tries events again that are held back and whose time has come. One that the broker takes lets the next of its order
+// follow, and so does one that is dead.
+func (r *Relay) retry(ctx context.Context, q *db.Queries, done *round) error {
+	rows, err := q.FindDueEvents(ctx, heldBatch)
+	if err != nil {
+		return fmt.Errorf("find events that are held back: %w", err)
+	}
+	if len(rows) == 0 {
+		return nil
+	}
+	events := make([]broker.Event, len(rows))
+	for i, row := range rows {
+		events[i] = eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)
+	}
+	outcomes, err := r.publish(ctx, events)
+	if err != nil {
+		return err
+	}
+	var published []int64
+	var over []uuid.UUID // orders whose next event may follow
+	for i, outcome := range outcomes {
+		row := rows[i]
+		switch {
+		case outcome == nil:
+			published, over = append(published, row.ID), append(over, row.AggregateID)
+		case row.Attempts+1 < maxAttempts:
+			err = errors.Join(err, q.RetryHeldEvent(ctx, db.RetryHeldEventParams{ID: row.ID, Delay: retryDelay(row.Attempts + 1), Error: outcome.Error()}))
+		default:
+			over = append(over, row.AggregateID)
+			err = errors.Join(err, q.BuryHeldEvent(ctx, db.BuryHeldEventParams{ID: row.ID, Reason: outcome.Error()}))
+			done.note(r, slog.LevelError, "The broker refused an event for good: it is dead", "event", row.EventID, "order", row.AggregateID, "attempts", row.Attempts+1, "error", outcome)
+		}
+	}
+	done.published += len(published)
+	err = errors.Join(err, q.ArchiveHeldEvents(ctx, published), q.ReleaseHeldEvents(ctx, over))
+	if err != nil {
+		return fmt.Errorf("note what became of events that were held back: %w", err)
+	}
+	return nil
+}
+
+// retryDelay returns how long an event waits that was refused so many times.
+func retryDelay(attempts int32) time.Duration {
+	return rand.N(min(retryLeast<<min(attempts, 20), retryMost)) + time.Millisecond
+}

@@ -1,0 +1,331 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"idempotent-orders/broker"
+	"idempotent-orders/internal/testenv"
+)
+
+// forgets is what can make a Redis forget what it accepted.
+var forgets = map[string]func(b *bench){
+	"it is flushed":              func(b *bench) { b.redis.FlushAll(b.t.Context()) },
+	"the stream is deleted":      func(b *bench) { b.redis.Del(b.t.Context(), broker.Stream) },
+	"it is killed, and is empty": func(b *bench) { b.server.Kill(); b.server.Forget(); b.server.Start() },
+}
+
+func TestWhatRedisForgotIsPublishedAgainAndMailedOnce(t *testing.T) {
+	t.Parallel()
+	for name, forget := range forgets {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			relay, consumer := b.relay(b.broker), b.consumer("one", b.mails)
+			b.place(10)
+			b.drain(relay, consumer) // these are finished
+			lost := b.place(25)
+			if err := relay.Drain(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			forget(b)
+			fresh := b.place(5)
+			b.eventually("the relay notices", func() bool {
+				relay.checked = time.Time{}
+				_, err := relay.runOnce(t.Context())
+				return err == nil && len(b.published()) >= len(lost)
+			})
+			b.drain(relay, consumer)
+			if got, want := b.published(), append(lost, fresh...); !slices.Equal(got, want) {
+				t.Errorf("published %d again, then new ones: %v; want %d: %v", len(got), got, len(want), want)
+			}
+			b.finished(40)
+			if !strings.Contains(b.log.String(), "may have forgotten") || !strings.Contains(b.log.String(), "is published again") {
+				t.Errorf("nobody was told: %s", b.log)
+			}
+		})
+	}
+}
+
+func TestARedisThatComesBackWithAnOldDumpIsNoticed(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	relay, consumer := b.relay(b.broker), b.consumer("one", b.mails)
+	b.place(3)
+	b.drain(relay, consumer)
+	b.server.Kill()
+	restore := b.server.Keep()
+	b.server.Start()
+	b.eventually("Redis is back", func() bool { return b.redis.Ping(t.Context()).Err() == nil })
+	b.place(4)
+	if err := relay.Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.server.Kill()
+	restore()
+	b.server.Start()
+	b.eventually("Redis is back, and four mails are sent", func() bool {
+		relay.checked = time.Time{}
+		return relay.Drain(t.Context()) == nil && consumer.Drain(t.Context()) == nil && len(b.mails.orders()) == 7
+	})
+	b.finished(7)
+}
+
+func TestAnotherRelayGoesOnPublishingAgain(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	first, second := b.relay(b.broker), b.relay(b.broker)
+	const events = 2*relayBatch + 10
+	b.fill(events)
+	if err := first.Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	before := b.published()
+	b.redis.FlushAll(t.Context())
+	b.fill(1)
+	first.checked = time.Time{}
+	b.mustRun(first, relayBatch) // and dies
+	b.mustRun(second, relayBatch)
+	b.mustRun(second, 10)
+	b.mustRun(second, 1) // what is new comes last
+	if got := b.published(); len(got) != events+1 || !slices.Equal(got[:events], before) {
+		t.Errorf("published %d events again, or in another order; want %d and one new", len(got), events)
+	}
+}
+
+func TestARestartOfRedisThatLosesNothingMailsNothingTwice(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	relay, consumer := b.relay(b.broker), b.consumer("one", b.mails)
+	b.place(3)
+	b.drain(relay, consumer)
+	b.place(3)
+	if err := relay.Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.server.Kill()
+	b.server.Start()
+	b.eventually("Redis is back", func() bool { return b.redis.Ping(t.Context()).Err() == nil })
+	relay.checked = time.Time{}
+	b.drain(relay, consumer)
+	b.finished(6)
+}
+
+// picky is a broker that refuses events of some orders.
+type picky struct {
+	broker.Publisher
+	mu      sync.Mutex
+	refuses map[string]bool
+}
+
+func (p *picky) Publish(ctx context.Context, events []broker.Event) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var good []broker.Event
+	refused := map[int]error{}
+	for i, e := range events {
+		if p.refuses[e.Subject] {
+			refused[i] = errors.New("not this one")
+		} else {
+			good = append(good, e)
+		}
+	}
+	err := p.Publisher.Publish(ctx, good)
+	if err == nil && len(refused) > 0 {
+		err = &broker.RefusedError{Events: refused}
+	}
+	return err
+}
+
+func (p *picky) refuse(order uuid.UUID, refuses bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refuses = map[string]bool{order.String(): refuses}
+}
+
+func TestARefusedEventHoldsBackItsOrderAndNobodyElse(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	p := &picky{Publisher: b.broker}
+	relay := b.relay(p)
+	orders := b.place(4)
+	bad := orders[1]
+	b.announce(bad, "second") // in the same batch
+	p.refuse(bad, true)
+	b.mustRun(relay, 3)
+	b.announce(bad, "third") // and in a later one
+	b.announce(orders[0], "another")
+	b.mustRun(relay, 1)
+	if got, want := b.published(), []uuid.UUID{orders[0], orders[2], orders[3], orders[0]}; !slices.Equal(got, want) {
+		t.Fatalf("published %v; want %v", got, want)
+	}
+	if n := b.count("SELECT count(*) FROM outbox_held WHERE aggregate_id = $1", bad); n != 3 {
+		t.Fatalf("%d events are held back; want 3", n)
+	}
+	if n := b.count("SELECT count(*) FROM outbox_held WHERE next_attempt_at IS NOT NULL AND attempts = 1 AND last_error = 'not this one'"); n != 1 {
+		t.Errorf("%d events wait to be tried again; want 1", n)
+	}
+
+	p.refuse(bad, false)
+	for range 3 {
+		b.due()
+		b.mustRun(relay, 1)
+	}
+	var types []string
+	for _, e := range b.redis.XRange(t.Context(), broker.Stream, "-", "+").Val() {
+		if e.Values["subject"] == bad.String() {
+			types = append(types, e.Values["type"].(string))
+		}
+	}
+	if want := []string{"order.created.v1", "second", "third"}; !slices.Equal(types, want) {
+		t.Errorf("its events came as %v; want %v", types, want)
+	}
+	if n := b.count("SELECT count(*) FROM outbox_held"); n != 0 {
+		t.Errorf("%d events are still held back", n)
+	}
+	if n := b.count("SELECT count(*) FROM outbox_published"); n != 7 {
+		t.Errorf("the archive has %d events; want 7", n)
+	}
+}
+
+func TestAnEventThatIsRefusedForGoodDiesAndTheNextFollows(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	p := &picky{Publisher: b.broker}
+	relay := b.relay(p)
+	bad := b.place(1)[0]
+	p.refuse(bad, true)
+	b.mustRun(relay, 0)
+	b.announce(bad, "second")
+	for b.count("SELECT count(*) FROM outbox_dead") == 0 {
+		b.due()
+		b.mustRun(relay, 0)
+	}
+	if n := b.count("SELECT count(*) FROM outbox_dead WHERE attempts = $1 AND reason = 'not this one'", maxAttempts); n != 1 {
+		t.Fatalf("%d events are dead after %d attempts; want 1", n, maxAttempts)
+	}
+	p.refuse(bad, false)
+	b.mustRun(relay, 1)
+	if got := b.published(); !slices.Equal(got, []uuid.UUID{bad}) {
+		t.Errorf("published %v; want the second event of the order", got)
+	}
+	if !strings.Contains(b.log.String(), "it is dead") {
+		t.Errorf("nobody was told: %s", b.log)
+	}
+}
+
+func TestAnOutageSpendsNoAttempt(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	away := errors.New("away")
+	relay := b.relay(publisher(func(context.Context, []broker.Event) error { return away }))
+	b.place(3)
+	for range 2 * maxAttempts {
+		if _, err := relay.runOnce(t.Context()); !errors.Is(err, away) {
+			t.Fatal(err)
+		}
+	}
+	if n := b.count("SELECT (SELECT count(*) FROM outbox_held) + (SELECT count(*) FROM outbox_dead)"); n != 0 {
+		t.Errorf("%d events are held back or dead", n)
+	}
+	b.mustRun(b.relay(b.broker), 3)
+}
+
+func TestTheEventsOfAParkedOrderAreHeldBack(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	relay := b.relay(b.broker)
+	orders := b.place(2)
+	if _, err := b.pool.Exec(t.Context(), "INSERT INTO outbox_parked (aggregate_id) VALUES ($1)", orders[0]); err != nil {
+		t.Fatal(err)
+	}
+	b.mustRun(relay, 1)
+	b.due()
+	b.mustRun(relay, 0)
+	if got := b.published(); !slices.Equal(got, orders[1:]) {
+		t.Errorf("published %v; want %v", got, orders[1:])
+	}
+}
+
+func TestDeadLettersAreNotInTheWay(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	_, err := b.pool.Exec(t.Context(), `INSERT INTO outbox_dead (id, event_id, aggregate_id, event_type, source, payload, created_at, attempts, reason)
+		SELECT -n, gen_random_uuid(), gen_random_uuid(), 'order.created.v1', '/orders', '{}', now(), 8, 'refused' FROM generate_series(1, 200000) n`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	orders := b.place(3)
+	one := testenv.Pool(t, b.pool.Config().ConnString()+"&pool_max_conns=1")
+	b.mustRun(NewRelay(one, b.broker, slog.New(slog.DiscardHandler)), 3)
+	var read int // by the relay's connection
+	err = one.QueryRow(t.Context(), `SELECT sum(pg_stat_get_xact_tuples_returned(c.oid)) FROM pg_class c WHERE c.relname LIKE 'outbox_dead%'`).Scan(&read)
+	if err != nil || read != 0 {
+		t.Errorf("the relay read %d dead letters, %v", read, err)
+	}
+	if got := b.published(); !slices.Equal(got, orders) {
+		t.Errorf("published %v; want %v", got, orders)
+	}
+}
+
+func TestWavesKeepTheOrderOfEachOrder(t *testing.T) {
+	t.Parallel()
+	var events []broker.Event
+	for _, subject := range strings.Split("abacbad", "") {
+		events = append(events, broker.Event{Subject: subject})
+	}
+	if got, want := fmt.Sprint(waves(events)), "[[0 1 3 6] [2 4] [5]]"; got != want {
+		t.Errorf("got %s; want %s", got, want)
+	}
+	if got := waves(nil); len(got) != 0 {
+		t.Errorf("of nothing: %v", got)
+	}
+}
+
+// drain publishes and consumes until there is nothing left to.
+func (b *bench) drain(relay *Relay, consumer *Consumer) {
+	b.t.Helper()
+	if err := errors.Join(relay.Drain(b.t.Context()), consumer.Drain(b.t.Context())); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// finished checks that n orders were placed, and one mail sent for each.
+func (b *bench) finished(n int) {
+	b.t.Helper()
+	mails := b.mails.orders()
+	if got := b.count("SELECT count(*) FROM inbox WHERE state = 'sent'"); got != n || len(mails) != n {
+		b.t.Errorf("%d are sent in the inbox and there are %d mails; want %d", got, len(mails), n)
+	}
+	slices.SortFunc(mails, func(a, b uuid.UUID) int { return strings.Compare(a.String(), b.String()) })
+	if len(slices.Compact(mails)) != n {
+		b.t.Errorf("some mails went out twice")
+	}
+}
+
+// announce writes another event of an order into the outbox.
+func (b *bench) announce(order uuid.UUID, eventType string) {
+	b.t.Helper()
+	_, err := b.pool.Exec(b.t.Context(), `INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload)
+		VALUES (gen_random_uuid(), $1, $2, '/orders', '{}')`, order, eventType)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// due makes the time come of all events that wait to be tried again.
+func (b *bench) due() {
+	b.t.Helper()
+	if _, err := b.pool.Exec(b.t.Context(), "UPDATE outbox_held SET next_attempt_at = now() WHERE next_attempt_at IS NOT NULL"); err != nil {
+		b.t.Fatal(err)
+	}
+}
