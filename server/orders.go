@@ -29,6 +29,13 @@ func (s *Server) PlaceOrder(ctx context.Context, request api.PlaceOrderRequestOb
 	if placed, err := s.Orders.Recall(send); !errors.Is(err, idempotency.ErrNotCommitted) {
 		return answerTo(placed, err)
 	}
+	if refused := s.Admission.refusal(); refused != nil { // but what was placed before is still answered
+		placed, err := s.Orders.Find(send)
+		if errors.Is(err, idempotency.ErrNotCommitted) {
+			err = refused
+		}
+		return answerTo(placed, err)
+	}
 	patience, cancel := s.patience(request.Params.Prefer)
 	defer cancel()
 	placed, err := idempotency.Once(ctx, patience, s.Guard, idempotency.Send[order.Placement]{

@@ -136,9 +136,10 @@ var notFound = problemType{
 
 var unavailable = problemType{
 	name: "unavailable", status: http.StatusServiceUnavailable, title: "Unavailable",
-	detail:  "The service cannot say at the moment. Send the request again with the same Idempotency-Key; that is always safe.",
-	meaning: "PostgreSQL, which decides about every order, cannot be asked at the moment. Whether the order was placed may be unknown.",
-	remedy:  "Send the same request again with the same Idempotency-Key after the seconds in Retry-After: at most one order will exist.",
+	detail: "The service cannot say at the moment. Send the request again with the same Idempotency-Key; that is always safe.",
+	meaning: "PostgreSQL, which decides about every order, cannot be asked at the moment, or events wait longer than the service allows. " +
+		"Whether the order was placed may be unknown.",
+	remedy: "Send the same request again with the same Idempotency-Key after the seconds in Retry-After: at most one order will exist.",
 
 	retryAfter: 1,
 }

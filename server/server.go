@@ -24,12 +24,13 @@ import (
 
 // Config is what a server is made of.
 type Config struct {
-	Orders   *order.Store
-	Guard    *idempotency.Guard
-	Pool     *pgxpool.Pool         // for the readiness check
-	Redis    redis.UniversalClient // for the readiness check
-	Contract []byte                // openapi.yaml
-	Log      *slog.Logger
+	Orders    *order.Store
+	Guard     *idempotency.Guard
+	Admission *Admission            // nil: every order is admitted
+	Pool      *pgxpool.Pool         // for the readiness check
+	Redis     redis.UniversalClient // for the readiness check
+	Contract  []byte                // openapi.yaml
+	Log       *slog.Logger
 
 	// ReadTimeout bounds how long a client may take to send a request, headers and body. The default is 10 s.
 	ReadTimeout time.Duration
