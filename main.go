@@ -84,6 +84,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return serve(ctx, cfg, folder, parts{worker: true}, log)
 	case "consumer":
 		return serve(ctx, cfg, folder, parts{consumer: true}, log)
+	case "events":
+		return events(ctx, cfg, folder, args, os.Stdin, stdout, stderr, log)
+	case "reconcile":
+		return reconcileOrders(ctx, cfg, folder, args, stdout, log)
 	default:
 		return migrate(ctx, cfg, folder, args[0], stdout, log)
 	}
@@ -110,8 +114,12 @@ func serve(ctx context.Context, cfg config.Config, folder string, which parts, l
 	}
 	defer stores.close(ctx, log)
 
-	relay := worker.NewRelay(stores.pool, broker.NewRedisStreams(stores.redis), log)
-	consumer := newConsumer(cfg, stores, log)
+	publisher, subscription, err := eventBroker(ctx, cfg, stores, which.consumer, log)
+	if err != nil {
+		return err
+	}
+	relay := worker.NewRelay(stores.pool, publisher, log)
+	consumer := worker.NewConsumer(stores.pool, subscription, newSender(cfg, log), worker.AbandonedAfter, log)
 	hint := broker.NewHint(stores.redis)
 	committed := hint.Give
 	if which.worker {
@@ -126,15 +134,18 @@ func serve(ctx context.Context, cfg config.Config, folder string, which parts, l
 		log.InfoContext(ctx, "Outbox worker started")
 		loops.Go(func() { relay.Run(running) })
 		loops.Go(func() { broker.OnHint(running, stores.redis, relay.Nudge) })
-		loops.Go(func() { worker.Sweep(running, stores.pool, log) })
+		trimmer, _ := publisher.(worker.Trimmer) // a broker that keeps nothing is none
+		loops.Go(func() { worker.NewSweeper(stores.pool, trimmer, cfg.OutboxRetention, log).Run(running) })
 	}
 	if which.consumer {
 		log.InfoContext(ctx, "Email consumer started")
 		loops.Go(func() { consumer.Run(running) })
 	}
 	if which.server {
+		admission := server.NewAdmission(stores.pool, cfg.OutboxMaxAge, log)
 		loops.Go(func() { hint.Run(running) })
-		err = newServer(cfg, stores, committed, log, listener).Serve(ctx, listener)
+		loops.Go(func() { admission.Run(running) })
+		err = newServer(cfg, stores, admission, committed, log, listener).Serve(ctx, listener)
 	} else {
 		<-ctx.Done()
 	}
@@ -142,7 +153,12 @@ func serve(ctx context.Context, cfg config.Config, folder string, which parts, l
 	log.InfoContext(ctx, "Stopping")
 	stop()
 	within(loopsTimeout, loops.Wait)
-	if stores.servers.InProcessRedis {
+	switch {
+	case cfg.EventBroker == "redis-pubsub" && which.consumer:
+		if err := drain(ctx, consumer); err != nil { // what is still in the outbox is safe there
+			log.WarnContext(ctx, "Some events that were received may not be mailed, and are not delivered again", "error", err)
+		}
+	case stores.servers.InProcessRedis:
 		err = errors.Join(err, drain(ctx, relay, consumer))
 	}
 	return err
@@ -152,29 +168,40 @@ const (
 	// loopsTimeout bounds the wait for the relay and the consumer, which give themselves less. What they held when a store
 	// is silent is safe: uncommitted in the outbox, or unacknowledged in the stream.
 	loopsTimeout = 2500 * time.Millisecond
-	// drainTimeout bounds the emptying of a Redis that is lost with the process.
+	// drainTimeout bounds the emptying of what is lost with the process.
 	drainTimeout = time.Second
 )
 
-func newServer(cfg config.Config, stores *stores, committed func(), log *slog.Logger, listener net.Listener) *server.Server {
+func newServer(cfg config.Config, stores *stores, admission *server.Admission, committed func(), log *slog.Logger, listener net.Listener) *server.Server {
 	log.Info("Server starting on port " + strconv.Itoa(listener.Addr().(*net.TCPAddr).Port))
 	return server.New(server.Config{
-		Orders:   order.NewStore(stores.pool, cfg.IdempotencyRetention, committed),
-		Guard:    idempotency.NewGuard(stores.redis, cfg.IdempotencyRetention, log),
-		Pool:     stores.pool,
-		Redis:    stores.redis,
-		Contract: contract,
-		Log:      log,
+		Orders:    order.NewStore(stores.pool, cfg.IdempotencyRetention, committed),
+		Guard:     idempotency.NewGuard(stores.redis, cfg.IdempotencyRetention, log),
+		Admission: admission,
+		Pool:      stores.pool,
+		Redis:     stores.redis,
+		Contract:  contract,
+		Log:       log,
 	})
 }
 
-func newConsumer(cfg config.Config, stores *stores, log *slog.Logger) *worker.Consumer {
+// eventBroker returns the two ends of the broker that EVENT_BROKER names: where the relay publishes, and where the consumer
+// receives, if there is to be one.
+func eventBroker(ctx context.Context, cfg config.Config, stores *stores, consumer bool, log *slog.Logger) (broker.Publisher, broker.Subscription, error) {
+	if cfg.EventBroker == "redis-pubsub" {
+		pubSub := broker.NewRedisPubSub(stores.redis, log)
+		if !consumer {
+			return pubSub, nil, nil // who listens for nobody would count as somebody
+		}
+		subscription, err := pubSub.Subscribe(context.WithoutCancel(ctx))
+		return pubSub, subscription, err
+	}
 	name, err := os.Hostname()
 	if err != nil {
 		name = "unknown"
 	}
-	subscription := broker.NewRedisStreams(stores.redis).Subscribe(worker.EmailConsumer, name, worker.AbandonedAfter)
-	return worker.NewConsumer(stores.pool, subscription, newSender(cfg, log), worker.AbandonedAfter, log)
+	streams := broker.NewRedisStreams(stores.redis)
+	return streams, streams.Subscribe(worker.EmailConsumer, name, worker.AbandonedAfter), nil
 }
 
 func newSender(cfg config.Config, log *slog.Logger) worker.Sender {
@@ -188,11 +215,16 @@ func newSender(cfg config.Config, log *slog.Logger) worker.Sender {
 	}
 }
 
-// drain empties the outbox and the stream before a Redis inside this process is lost.
-func drain(ctx context.Context, relay *worker.Relay, consumer *worker.Consumer) error {
+// drain empties, one after the other, what parts have in front of them: the outbox and the stream before a Redis inside this
+// process is lost, and what this process has received when the broker does not keep it.
+func drain(ctx context.Context, parts ...interface{ Drain(context.Context) error }) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 	defer cancel()
-	return errors.Join(relay.Drain(ctx), consumer.Drain(ctx))
+	var errs []error
+	for _, part := range parts {
+		errs = append(errs, part.Drain(ctx))
+	}
+	return errors.Join(errs...)
 }
 
 func listen(cfg config.Config) (net.Listener, error) {

@@ -16,6 +16,10 @@ Usage:
   idempotent-orders worker                  run only the outbox worker
   idempotent-orders consumer                run only the e-mail consumer
   idempotent-orders migrate up|down|status  move the schema, or show where it stands
+  idempotent-orders events dead list|show|requeue|drop, replay, park, unpark
+                                            what operators do to events; see events --help
+  idempotent-orders reconcile [--from T] [--to T] [--allow-dead] [--json]
+                                            prove that every order was announced and mailed, or show which was not
   idempotent-orders help                    show this; so does --help with any command
 
 Each part may run in any number of processes. SIGTERM or Ctrl-C stops them cleanly, within ten seconds.
@@ -28,6 +32,12 @@ Variables:
 
 // parse reads the command line: it returns the command and its arguments, or "help" when the help was shown.
 func parse(args []string, stdout, stderr io.Writer) (command string, rest []string, err error) {
+	if len(args) > 0 && args[0] == "events" {
+		return checkEvents(args[1:], stdout, stderr)
+	}
+	if len(args) > 0 && args[0] == "reconcile" {
+		return checkReconcile(args[1:], stdout, stderr)
+	}
 	for _, arg := range args {
 		if slices.Contains([]string{"help", "-h", "-help", "--help"}, arg) {
 			help(stdout)

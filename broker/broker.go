@@ -20,7 +20,14 @@ type Event struct {
 	Time        time.Time
 	Traceparent string // W3C Trace Context, or empty
 	Data        json.RawMessage
+	Replay      string    // Replayed or Forced when an operator has it published again on purpose, else empty
+	ReplayedAt  time.Time // by the database's clock, when Replay is not empty
 }
+
+const (
+	Replayed = "replay" // consumers that have finished the event do nothing
+	Forced   = "force"  // consumers that finished the event before ReplayedAt do everything again
+)
 
 // Publisher hands events to the broker.
 type Publisher interface {
@@ -45,6 +52,10 @@ type Delivery struct {
 	Tag   string // names the delivery to Ack
 	Event Event
 	Err   error // the delivery is not an event, and why; Event is then empty
+
+	// Deliveries is how often the event was delivered, this one included: more than one means that receivers died with it, or
+	// stood still. Zero: the broker does not count.
+	Deliveries int64
 }
 
 // Subscription receives events for one consumer, of which several processes may be part: each event goes to one of them,
@@ -55,6 +66,17 @@ type Subscription interface {
 	// Keep tells that the deliveries are still being worked on, so that they are not given to another. It may be called
 	// while another method is.
 	Keep(ctx context.Context, tags []string) error
-	// Ack tells that the deliveries need nothing more.
+	// Ack tells that the deliveries need nothing more. It may be called while another method is.
 	Ack(ctx context.Context, tags []string) error
+}
+
+// Counting is a Subscription whose broker counts deliveries.
+type Counting interface {
+	Subscription
+	// Release gives deliveries back as if they had not been made: another may receive them at once, and they do not count. It
+	// may not be called while Receive is.
+	Release(ctx context.Context, deliveries []Delivery) error
+	// Forgive makes deliveries count as the first ones: it is known that working on them does no harm. It may be called while
+	// another method is.
+	Forgive(ctx context.Context, tags []string) error
 }

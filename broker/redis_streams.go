@@ -27,14 +27,17 @@ type RedisStreams struct {
 // NewRedisStreams returns the broker that publishes in rdb.
 func NewRedisStreams(rdb redis.UniversalClient) *RedisStreams { return &RedisStreams{redis: rdb} }
 
-// Publish adds the events to the stream in one pipeline.
+// ErrForgot: the stream is not there any more.
+var ErrForgot = errors.New("the stream is lost")
+
+// Publish adds the events to the stream in one pipeline. It does not make a stream: Epoch does, which notices that it is new.
 func (b *RedisStreams) Publish(ctx context.Context, events []Event) error {
 	if len(events) == 0 {
 		return nil
 	}
 	cmds, err := b.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for _, e := range events {
-			p.XAdd(ctx, &redis.XAddArgs{Stream: Stream, Values: fields(e)})
+			p.XAdd(ctx, &redis.XAddArgs{Stream: Stream, NoMkStream: true, Values: fields(e)})
 		}
 		return nil
 	})
@@ -45,6 +48,8 @@ func (b *RedisStreams) Publish(ctx context.Context, events []Event) error {
 	for i, cmd := range cmds {
 		switch err := cmd.Err(); {
 		case err == nil:
+		case errors.Is(err, redis.Nil):
+			return fmt.Errorf("add %d events to stream %s: %w", len(events), Stream, ErrForgot)
 		case refuses(err):
 			refused[i] = err
 		default:
@@ -102,7 +107,8 @@ func (b *RedisStreams) mark(ctx context.Context) (string, error) {
 	return mark, b.redis.XGroupCreateMkStream(ctx, Stream, mark, "$").Err()
 }
 
-// runID returns the id of this run of the server that has the stream; in a cluster, of the master of its slot.
+// runID names this run of the server that has the stream, and its part in replication: a server that was another's replica for a
+// while is the same run with other data. In a cluster it is the master of the stream's slot.
 func (b *RedisStreams) runID(ctx context.Context) (string, error) {
 	var server interface {
 		Info(ctx context.Context, section ...string) *redis.StringCmd
@@ -114,17 +120,20 @@ func (b *RedisStreams) runID(ctx context.Context) (string, error) {
 		}
 		server = master
 	}
-	info, err := server.Info(ctx, "server").Result()
-	var reply redis.Error
-	if errors.As(err, &reply) { // one inside a process has none; it loses the mark when it ends
-		return "", nil
+	info, err := server.Info(ctx).Result()
+	if redis.HasErrorPrefix(err, "NOPERM") {
+		return "", fmt.Errorf("it must be allowed to say INFO: %w", err)
 	}
 	if err != nil {
 		return "", err
 	}
-	_, after, _ := strings.Cut(info, "run_id:")
-	id, _, _ := strings.Cut(after, "\r\n")
-	return id, nil
+	var id []string
+	for line := range strings.SplitSeq(info, "\r\n") {
+		if strings.HasPrefix(line, "run_id:") || strings.HasPrefix(line, "master_replid:") {
+			id = append(id, line)
+		}
+	}
+	return strings.Join(id, " "), nil
 }
 
 func fields(e Event) []any {
@@ -140,6 +149,9 @@ func fields(e Event) []any {
 	if e.Traceparent != "" {
 		f = append(f, "traceparent", e.Traceparent)
 	}
+	if e.Replay != "" {
+		f = append(f, "replay", e.Replay, "replaytime", e.ReplayedAt.UTC().Format(time.RFC3339Nano))
+	}
 	return append(f, "data", string(e.Data))
 }
 
@@ -154,6 +166,12 @@ func event(values map[string]any) (Event, error) {
 	if err != nil {
 		return Event{}, fmt.Errorf("its time is not RFC 3339: %w", err)
 	}
+	var replayedAt time.Time
+	if text("replay") != "" {
+		if replayedAt, err = time.Parse(time.RFC3339Nano, text("replaytime")); err != nil {
+			return Event{}, fmt.Errorf("its replaytime is not RFC 3339: %w", err)
+		}
+	}
 	switch {
 	case text("specversion") != "1.0":
 		return Event{}, fmt.Errorf("its specversion is %q, not 1.0", text("specversion"))
@@ -165,12 +183,14 @@ func event(values map[string]any) (Event, error) {
 	return Event{
 		ID: id, Source: text("source"), Type: text("type"), Subject: text("subject"), Time: at,
 		Traceparent: text("traceparent"), Data: json.RawMessage(text("data")),
+		Replay: text("replay"), ReplayedAt: replayedAt,
 	}, nil
 }
 
-// Subscribe returns the subscription of a consumer group; name tells this process from others in the group. A delivery
-// that is not acknowledged for abandonedAfter is received again. The group begins at the start of the stream, and is made
-// again when it is missing.
+// Subscribe returns the subscription of a consumer group. A delivery that is neither acknowledged nor kept for abandonedAfter is
+// received again. The group begins at the start of the stream, and is made again when it is missing. The name is for people who
+// look into Redis: nothing depends on it, and processes may share one. One that stays the same, like the host's, leaves no
+// names of the dead behind.
 func (b *RedisStreams) Subscribe(group, name string, abandonedAfter time.Duration) *RedisSubscription {
 	return &RedisSubscription{redis: b.redis, group: group, name: name, abandonedAfter: abandonedAfter}
 }
@@ -187,29 +207,58 @@ type RedisSubscription struct {
 
 // Receive returns deliveries that others abandoned, if there are any, and else new ones.
 func (s *RedisSubscription) Receive(ctx context.Context, limit int, wait time.Duration) ([]Delivery, error) {
-	messages, err := s.next(ctx, limit, wait)
+	deliveries, err := s.next(ctx, limit, wait)
 	if redis.HasErrorPrefix(err, "NOGROUP") {
 		if err := s.createGroup(ctx); err != nil {
 			return nil, err
 		}
-		messages, err = s.next(ctx, limit, wait)
+		deliveries, err = s.next(ctx, limit, wait)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("receive from stream %s: %w", Stream, err)
 	}
-	deliveries := make([]Delivery, len(messages))
-	for i, m := range messages {
-		deliveries[i].Tag = m.ID
-		deliveries[i].Event, deliveries[i].Err = event(m.Values)
-	}
 	return deliveries, nil
 }
 
-func (s *RedisSubscription) next(ctx context.Context, limit int, wait time.Duration) ([]redis.XMessage, error) {
-	if messages, err := s.takeOver(ctx, limit); err != nil || len(messages) > 0 {
-		return messages, err
+func (s *RedisSubscription) next(ctx context.Context, limit int, wait time.Duration) ([]Delivery, error) {
+	messages, err := s.takeOver(ctx, limit)
+	if err != nil {
+		return nil, err
 	}
-	return s.read(ctx, limit, wait)
+	if len(messages) > 0 {
+		taken := deliveriesOf(messages)
+		return taken, s.count(ctx, taken)
+	}
+	messages, err = s.read(ctx, limit, wait)
+	return deliveriesOf(messages), err
+}
+
+// deliveriesOf returns messages as first deliveries.
+func deliveriesOf(messages []redis.XMessage) []Delivery {
+	deliveries := make([]Delivery, len(messages))
+	for i, m := range messages {
+		d := &deliveries[i]
+		d.Tag, d.Deliveries = m.ID, 1
+		d.Event, d.Err = event(m.Values)
+	}
+	return deliveries
+}
+
+// count asks Redis how often it has made the deliveries.
+func (s *RedisSubscription) count(ctx context.Context, deliveries []Delivery) error {
+	asked := make([]*redis.XPendingExtCmd, len(deliveries))
+	_, err := s.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
+		for i, d := range deliveries {
+			asked[i] = p.XPendingExt(ctx, &redis.XPendingExtArgs{Stream: Stream, Group: s.group, Start: d.Tag, End: d.Tag, Count: 1})
+		}
+		return nil
+	})
+	for i, cmd := range asked {
+		if pending := cmd.Val(); len(pending) == 1 {
+			deliveries[i].Deliveries = pending[0].RetryCount
+		}
+	}
+	return err
 }
 
 func (s *RedisSubscription) takeOver(ctx context.Context, limit int) ([]redis.XMessage, error) {

@@ -46,6 +46,7 @@ CREATE TABLE relay_state (
     epoch         text NOT NULL DEFAULT '', -- names one life of the broker's memory; another means that it forgot
     redrive_at    timestamptz, -- what was published up to here is published again already; NULL: nothing is to be
     redrive_id    bigint NOT NULL DEFAULT 0,
+    redriven      bigint NOT NULL DEFAULT 0, -- how many were published again so far
     finished_to   timestamptz NOT NULL DEFAULT 'epoch' -- every event that was published before is finished by every consumer
 );
 INSERT INTO relay_state DEFAULT VALUES;

@@ -20,3 +20,14 @@ WHERE consumer = @consumer AND event_id = ANY(@event_ids::uuid[]) AND state <> '
 UPDATE inbox SET state = 'sent', finished_at = now()
 WHERE consumer = @consumer AND event_id = ANY(@event_ids::uuid[]) AND holder = @holder AND state = 'received'
 RETURNING event_id;
+
+-- name: MarkDead :many
+-- Finishes events that can never be sent, each with its reason, as far as this holder still holds them, and returns those.
+UPDATE inbox i SET state = 'dead', finished_at = now(), reason = d.reason
+FROM (SELECT unnest(@event_ids::uuid[]) AS event_id, unnest(@reasons::text[]) AS reason) AS d
+WHERE i.consumer = @consumer AND i.event_id = d.event_id AND i.holder = @holder AND i.state = 'received'
+RETURNING i.event_id;
+
+-- name: LeaveInbox :exec
+-- Forgets that this holder received events that it has not finished: the next that receives them need not wait.
+DELETE FROM inbox WHERE consumer = @consumer AND event_id = ANY(@event_ids::uuid[]) AND holder = @holder AND state = 'received';

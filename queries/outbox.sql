@@ -6,21 +6,25 @@ SELECT pg_try_advisory_xact_lock(@turn::bigint) AS taken, COALESCE(outbox_writer
 
 -- name: ClaimOutboxBatch :many
 -- Moves the next events above the floor, in the order of id, from the outbox to the archive, and returns them, with whether
--- others of their order are held back. Claims nothing while events are published again: those come first. The claim is
--- materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more. The rows are deleted by an
--- array of ids: a join, once it was planned for an empty outbox, would scan a full one.
-WITH claimed AS MATERIALIZED (
+-- others of their order are held back. Claims nothing while events are published again: those come first. published_at is not
+-- the time of the transaction, which may have begun before the turn of another: in the archive events are in the order of turns.
+-- The claim is materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more. The rows are deleted by
+-- an array of ids: a join, once it was planned for an empty outbox, would scan a full one.
+WITH turn AS MATERIALIZED (
+    SELECT clock_timestamp() AS at
+), claimed AS MATERIALIZED (
     SELECT o.id FROM outbox o
-    WHERE o.id > @floor AND (SELECT s.redrive_at IS NULL FROM relay_state s)
+    WHERE o.id > @floor AND (SELECT s.redrive_at IS NULL FROM relay_state s WHERE s.one)
     ORDER BY o.id LIMIT @batch_size FOR UPDATE SKIP LOCKED
 ), moved AS (
     DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT claimed.id FROM claimed))
     RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
 ), archived AS (
-    INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at)
-    SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved
+    INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, published_at)
+    SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, (SELECT turn.at FROM turn) FROM moved
 )
 SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at,
+       (SELECT turn.at FROM turn)::timestamptz AS published_at,
        (CASE WHEN (SELECT EXISTS (SELECT FROM outbox_held) OR EXISTS (SELECT FROM outbox_parked))
              THEN EXISTS (SELECT FROM outbox_held h WHERE h.aggregate_id = moved.aggregate_id)
                OR EXISTS (SELECT FROM outbox_parked k WHERE k.aggregate_id = moved.aggregate_id)
@@ -28,12 +32,12 @@ SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, cre
 FROM moved ORDER BY id;
 
 -- name: HoldEvents :exec
--- Holds back events that this transaction has moved to the archive. A refused one has an error, and is tried again after the
--- delay; one without waits for those before it.
+-- Takes events out of the archive and holds them back. A refused one has an error, and is tried again after the delay; one
+-- without waits for those before it.
 WITH back AS (
     SELECT unnest(@ids::bigint[]) AS id, unnest(@errors::text[]) AS error, unnest(@delays::interval[]) AS delay
 ), moved AS (
-    DELETE FROM outbox_published WHERE published_at = now() AND outbox_published.id = ANY (@ids::bigint[])
+    DELETE FROM outbox_published WHERE published_at = ANY (@published_at::timestamptz[]) AND outbox_published.id = ANY (@ids::bigint[])
     RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
 )
 INSERT INTO outbox_held (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, attempts, next_attempt_at, last_error)
@@ -50,12 +54,14 @@ ORDER BY h.next_attempt_at LIMIT @batch_size;
 
 -- name: ArchiveHeldEvents :exec
 -- Moves events that were held back, and are published now, to the archive.
-WITH moved AS (
+WITH turn AS MATERIALIZED (
+    SELECT clock_timestamp() AS at
+), moved AS (
     DELETE FROM outbox_held WHERE id = ANY (@ids::bigint[])
     RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
 )
-INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at)
-SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved;
+INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, published_at)
+SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, (SELECT turn.at FROM turn) FROM moved;
 
 -- name: RetryHeldEvent :exec
 UPDATE outbox_held SET attempts = attempts + 1, next_attempt_at = now() + @delay::interval, last_error = @error::text WHERE id = @id;

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 
 	"idempotent-orders/broker"
 	"idempotent-orders/gen/db"
@@ -22,6 +23,8 @@ const (
 	retryLeast, retryMost = 250 * time.Millisecond, time.Minute
 	// heldBatch is the most events that are held back of which one round tries some again.
 	heldBatch = 100
+	// redriveSlice is through how many published events a round goes that publishes again.
+	redriveSlice = 2000
 )
 
 // checkEpoch compares the broker's life with the one that the relays know. When it is another, what was published and is not
@@ -63,35 +66,39 @@ func (r *Relay) publishAgain(ctx context.Context, q *db.Queries, done *round) er
 	return r.retry(ctx, q, done)
 }
 
-// redrive publishes the next batch of those events that were published before the broker forgot, and that the consumer has
-// not finished, oldest first. Those that the broker did not forget are delivered twice; the inbox knows them.
+// redrive goes through the next slice of what was published before the broker forgot, oldest first, and publishes again what the
+// consumer has not finished. What the broker did not forget is delivered twice; the inbox knows it.
 func (r *Relay) redrive(ctx context.Context, q *db.Queries, at time.Time, id int64, done *round) error {
-	rows, err := q.FindUnfinishedEvents(ctx, db.FindUnfinishedEventsParams{AfterAt: at, AfterID: id, Consumer: EmailConsumer, BatchSize: relayBatch})
+	end, err := q.FindEndOfSlice(ctx, db.FindEndOfSliceParams{AfterAt: at, AfterID: id, Events: redriveSlice - 1})
+	last := errors.Is(err, pgx.ErrNoRows)
+	if last {
+		end, err = db.FindEndOfSliceRow{PublishedAt: time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)}, nil
+	}
+	if err != nil {
+		return fmt.Errorf("find a slice of the archive: %w", err)
+	}
+	rows, err := q.FindUnfinishedEvents(ctx, db.FindUnfinishedEventsParams{
+		AfterAt: at, AfterID: id, ToAt: end.PublishedAt, ToID: end.ID, Consumer: EmailConsumer,
+	})
 	if err != nil {
 		return fmt.Errorf("find events that are not finished: %w", err)
 	}
-	events := make([]broker.Event, len(rows))
+	batch := make([]claimed, len(rows))
 	for i, row := range rows {
-		events[i] = eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)
+		batch[i] = claimed{row.ID, row.PublishedAt, false,
+			eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)}
 	}
-	outcomes, err := r.publish(ctx, events)
-	if err != nil {
+	before := done.published
+	if err := r.publishOrHold(ctx, q, batch, done); err != nil {
 		return err
 	}
-	for i, outcome := range outcomes {
-		if outcome != nil {
-			done.note(r, slog.LevelError, "The broker refused an event that it took before", "event", events[i].ID, "order", events[i].Subject, "error", outcome)
-		}
-	}
-	r.redriven += len(rows)
-	done.published += len(rows)
-	if len(rows) == relayBatch {
-		last := rows[len(rows)-1]
-		err = q.MoveRedrive(ctx, db.MoveRedriveParams{RedriveAt: last.PublishedAt, RedriveID: last.ID})
+	done.claimed = true // there is more to do: another slice, or what is new
+	more := int64(done.published - before)
+	if !last {
+		err = q.MoveRedrive(ctx, db.MoveRedriveParams{RedriveAt: end.PublishedAt, RedriveID: end.ID, More: more})
 	} else {
-		err = q.EndRedrive(ctx)
-		done.note(r, slog.LevelInfo, "Everything that was not finished is published again", "events", r.redriven)
-		r.redriven = 0
+		more, err = q.EndRedrive(ctx, more)
+		done.note(r, slog.LevelInfo, "Everything that was not finished is published again", "events", more)
 	}
 	if err != nil {
 		return fmt.Errorf("note how far events are published again: %w", err)

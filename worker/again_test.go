@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/redis/go-redis/v9"
 
 	"idempotent-orders/broker"
 	"idempotent-orders/internal/testenv"
@@ -49,6 +51,7 @@ func TestWhatRedisForgotIsPublishedAgainAndMailedOnce(t *testing.T) {
 				t.Errorf("published %d again, then new ones: %v; want %d: %v", len(got), got, len(want), want)
 			}
 			b.finished(40)
+			b.reconciled(0)
 			if !strings.Contains(b.log.String(), "may have forgotten") || !strings.Contains(b.log.String(), "is published again") {
 				t.Errorf("nobody was told: %s", b.log)
 			}
@@ -78,13 +81,14 @@ func TestARedisThatComesBackWithAnOldDumpIsNoticed(t *testing.T) {
 		return relay.Drain(t.Context()) == nil && consumer.Drain(t.Context()) == nil && len(b.mails.orders()) == 7
 	})
 	b.finished(7)
+	b.reconciled(0)
 }
 
 func TestAnotherRelayGoesOnPublishingAgain(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	first, second := b.relay(b.broker), b.relay(b.broker)
-	const events = 2*relayBatch + 10
+	const events = 2*redriveSlice + 10
 	b.fill(events)
 	if err := first.Drain(t.Context()); err != nil {
 		t.Fatal(err)
@@ -93,8 +97,8 @@ func TestAnotherRelayGoesOnPublishingAgain(t *testing.T) {
 	b.redis.FlushAll(t.Context())
 	b.fill(1)
 	first.checked = time.Time{}
-	b.mustRun(first, relayBatch) // and dies
-	b.mustRun(second, relayBatch)
+	b.mustRun(first, redriveSlice) // and dies
+	b.mustRun(second, redriveSlice)
 	b.mustRun(second, 10)
 	b.mustRun(second, 1) // what is new comes last
 	if got := b.published(); len(got) != events+1 || !slices.Equal(got[:events], before) {
@@ -118,6 +122,7 @@ func TestARestartOfRedisThatLosesNothingMailsNothingTwice(t *testing.T) {
 	relay.checked = time.Time{}
 	b.drain(relay, consumer)
 	b.finished(6)
+	b.reconciled(0)
 }
 
 // picky is a broker that refuses events of some orders.
@@ -223,6 +228,88 @@ func TestAnEventThatIsRefusedForGoodDiesAndTheNextFollows(t *testing.T) {
 	}
 }
 
+func TestAnEventThatIsRefusedWhenItIsPublishedAgainIsHeldBackWithItsOrder(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	p := &picky{Publisher: b.broker}
+	relay := b.relay(p)
+	bad := b.place(1)[0]
+	b.announce(bad, "second")
+	b.mustRun(relay, 2)
+	p.refuse(bad, true)
+	b.redis.FlushAll(t.Context())
+	relay.checked = time.Time{}
+	b.mustRun(relay, 0)
+	p.refuse(bad, false)
+	for range 2 {
+		b.due()
+		b.mustRun(relay, 1)
+	}
+	if got := b.published(); !slices.Equal(got, []uuid.UUID{bad, bad}) {
+		t.Errorf("published %v; want both events of the order", got)
+	}
+}
+
+func TestAfterTheStreamIsLostNothingNewOvertakesWhatWasLost(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	relay := b.relay(b.broker)
+	order := b.place(1)[0]
+	b.mustRun(relay, 1)
+	b.redis.FlushAll(t.Context())
+	b.announce(order, "second")
+	if _, err := relay.runOnce(t.Context()); !errors.Is(err, broker.ErrForgot) { // before it has asked for the epoch again
+		t.Fatalf("got %v; want %v", err, broker.ErrForgot)
+	}
+	if err := relay.Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var types []string
+	for _, e := range b.redis.XRange(t.Context(), broker.Stream, "-", "+").Val() {
+		types = append(types, e.Values["type"].(string))
+	}
+	if want := []string{"order.created.v1", "second"}; !slices.Equal(types, want) {
+		t.Errorf("the stream has %v; want %v", types, want)
+	}
+}
+
+func TestAServerThatWasAReplicaForAWhileIsNoticed(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	other, otherServer := testenv.Redis(t)
+	relay, consumer := b.relay(b.broker), b.consumer("one", b.mails)
+	b.place(1)
+	b.drain(relay, consumer)
+	become := func(rdb redis.UniversalClient, server *testenv.RedisServer) { // a replica of the server, or of none
+		t.Helper()
+		host, port := "NO", "ONE"
+		if server != nil {
+			var err error
+			if host, port, err = net.SplitHostPort(server.Addr()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := rdb.Do(t.Context(), "REPLICAOF", host, port).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	entries := func(rdb redis.UniversalClient) int64 { return rdb.XLen(t.Context(), broker.Stream).Val() }
+	become(other, b.server)
+	b.eventually("the other has a copy", func() bool { return entries(other) == 1 })
+	become(other, nil)
+	b.place(1) // goes to the first, which is replaced by the other's copy
+	if err := relay.Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	become(b.redis, otherServer)
+	b.eventually("the first has the other's copy", func() bool { return entries(b.redis) == 1 })
+	become(b.redis, nil)
+	relay.checked = time.Time{}
+	b.drain(relay, consumer)
+	b.finished(2)
+	b.reconciled(0)
+}
+
 func TestAnOutageSpendsNoAttempt(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
@@ -325,7 +412,7 @@ func (b *bench) announce(order uuid.UUID, eventType string) {
 // due makes the time come of all events that wait to be tried again.
 func (b *bench) due() {
 	b.t.Helper()
-	if _, err := b.pool.Exec(b.t.Context(), "UPDATE outbox_held SET next_attempt_at = now() WHERE next_attempt_at IS NOT NULL"); err != nil {
+	if _, err := b.pool.Exec(b.t.Context(), "UPDATE outbox_held SET next_attempt_at = now() WHERE next_attempt_at > now()"); err != nil {
 		b.t.Fatal(err)
 	}
 }

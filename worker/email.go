@@ -1,43 +1,47 @@
 package worker
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"slices"
-	"sync"
+	"math"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"golang.org/x/sync/errgroup"
 
 	"idempotent-orders/broker"
 	"idempotent-orders/gen/api"
-	"idempotent-orders/gen/db"
 )
 
 // EmailConsumer is the name of the e-mail consumer: its group at the broker, and its rows in the inbox.
 const EmailConsumer = "email"
 
 const (
-	// AbandonedAfter is how long an event may stay with a consumer before another takes it over.
+	// AbandonedAfter is how long an event may stay with a consumer that gives no sign of life before another takes it over.
 	AbandonedAfter = 30 * time.Second
 	// consumerBatch is the most events a consumer receives at once. Larger ones are hardly faster, hold up more when a mail is
 	// slow, and at 400 to 500 (replies of about 200 KB) a read over loopback stalled for the 40 ms of a delayed ACK.
 	consumerBatch = 200
 	// receiveWait is how long a consumer waits for events before it looks whether it should stop.
 	receiveWait = time.Second
-	// concurrentSends bounds how many mails of a batch are sent at once.
+	// mostInHand is with how many events in hand a consumer receives no more: while mails fail, the rest waits in the stream.
+	mostInHand = 1000
+	// concurrentSends bounds how many mails are sent at once.
 	concurrentSends = 16
+	// sendTimeout bounds one mail; sendGrace what is left of it when the consumer is told to stop.
+	sendTimeout, sendGrace = 10 * time.Second, 1500 * time.Millisecond
+	// Mails that were sent are marked when nothing is being sent, or when they are markBatch, or after markWithin.
+	markBatch, markWithin = 100, 20 * time.Millisecond
 	// stepTimeout bounds one try at the inbox or the broker.
 	stepTimeout = 5 * time.Second
-	// batchTimeout bounds how long a consumer holds on to a batch while a store is away.
-	batchTimeout = time.Hour
-	// sendTimeout bounds one mail.
-	sendTimeout = 10 * time.Second
+	// A mail that failed n times is sent again after about mailLeast times 2 to the n-1, at most mailMost. So long does the
+	// consumer pause, too, when nothing but failures come back.
+	mailLeast, mailMost = time.Second, time.Minute
+	// After suspectDeliveries an event is handled alone, so that nothing else is blamed for what it does. One that was
+	// delivered more often than maxDeliveries is dead.
+	suspectDeliveries, maxDeliveries = 3, 5
 )
 
 // Email is a confirmation to send.
@@ -50,19 +54,22 @@ type Email struct {
 
 // Sender sends e-mail. It is called concurrently.
 type Sender interface {
-	// Send returns nil when the mail is accepted.
+	// Send returns nil when the mail is accepted. An error that wraps ErrRefused means never: the event is dead, with the
+	// error as its reason. Any other error means not now: the mail is sent again later, however often it takes.
 	Send(ctx context.Context, mail Email) error
 }
 
 // Consumer confirms orders by e-mail: it takes each order.created.v1 event into the inbox, sends the mail, marks the
-// event sent, and acknowledges it.
+// event sent, and acknowledges it. A mail that fails is sent again by the same consumer, and holds nobody up.
 type Consumer struct {
 	pool           *pgxpool.Pool
 	subscription   broker.Subscription
 	sender         Sender
 	log            *slog.Logger
-	holder         uuid.UUID // what this consumer received carries this token
-	abandonedAfter time.Duration
+	holder         uuid.UUID     // what this consumer received carries this token
+	abandonedAfter time.Duration // after what time others may have an event from the inbox
+	least, most    time.Duration // mailLeast and mailMost
+	inHand         int           // mostInHand
 }
 
 // NewConsumer returns a consumer with its inbox in a migrated database. abandonedAfter is after what time the
@@ -72,98 +79,67 @@ func NewConsumer(pool *pgxpool.Pool, subscription broker.Subscription, sender Se
 		pool: pool, subscription: subscription, sender: sender, log: log, holder: uuid.New(),
 		// In the inbox an event is free again a little earlier than with the broker: its next receiver shall get it.
 		abandonedAfter: abandonedAfter * 3 / 4,
+		least:          mailLeast, most: mailMost, inHand: mostInHand,
 	}
 }
 
-// Run consumes until ctx is done; then it finishes the batch it holds.
-func (c *Consumer) Run(ctx context.Context) {
-	failed := backoff{least: failedLeast, most: failedMost}
-	receiving := trouble{log: c.log, doing: "Receiving events"}
-	for ctx.Err() == nil {
-		_, err := c.runOnce(ctx, receiveWait)
-		receiving.note(ctx, err)
-		if err != nil {
-			failed.wait(ctx, nil)
-		} else {
-			failed.reset()
-		}
-	}
-}
+// Run consumes until ctx is done. Then it begins no mail, lets those that are under way end, marks what was sent, and gives the
+// rest back.
+func (c *Consumer) Run(ctx context.Context) { _ = c.consume(ctx, false) }
 
-// Drain consumes until there is nothing more to receive.
-func (c *Consumer) Drain(ctx context.Context) error {
-	for {
-		if received, err := c.runOnce(ctx, 0); received == 0 || err != nil {
-			return err
-		}
-	}
-}
+// Drain consumes until there is nothing more to receive. What cannot be sent now is given back.
+func (c *Consumer) Drain(ctx context.Context) error { return c.consume(ctx, true) }
 
-// runOnce receives a batch and finishes what it can of it, and returns how many deliveries it received. What it cannot
-// finish stays with the broker, and is delivered again.
-func (c *Consumer) runOnce(ctx context.Context, wait time.Duration) (int, error) {
-	deliveries, err := c.subscription.Receive(ctx, consumerBatch, wait)
-	if err != nil || len(deliveries) == 0 {
-		return 0, err
-	}
-	ctx, cancel := finishing(ctx, batchTimeout)
+func (c *Consumer) consume(ctx context.Context, drain bool) error {
+	longer, cancel := finishing(ctx, math.MaxInt64)
 	defer cancel()
-	defer c.keep(ctx, deliveries)()
-	batch := c.read(ctx, deliveries)
-	if err := c.finish(ctx, &batch); err != nil {
-		return 0, err
+	sends, cancelSends := context.WithCancel(longer)
+	defer cancelSends()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(sendGrace, cancelSends) })()
+	s := newShift(c, ctx, longer, sends, drain)
+	s.work()
+	s.release()
+	if drain && s.err == nil {
+		return ctx.Err() // not everything was received
 	}
-	return len(deliveries), nil
+	return s.err
 }
 
-// keep holds the deliveries for this consumer, however long it takes, until the returned function is called.
-func (c *Consumer) keep(ctx context.Context, deliveries []broker.Delivery) (stop func()) {
-	tags := make([]string, len(deliveries))
-	for i, d := range deliveries {
-		tags[i] = d.Tag
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	var keeping sync.WaitGroup
-	keeping.Go(func() {
-		for ticker := time.NewTicker(c.abandonedAfter / 4); ; {
-			select {
-			case <-ctx.Done():
-				ticker.Stop()
-				return
-			case <-ticker.C:
-				_ = c.subscription.Keep(ctx, tags) // who cannot reach the broker cannot acknowledge either
-			}
-		}
-	})
-	return func() { cancel(); keeping.Wait() }
+// task is an event in hand.
+type task struct {
+	mail       Email
+	tags       []string  // its deliveries, of which there may be several
+	deliveries int64     // how often it was delivered
+	entered    time.Time // when it was last entered into the inbox
+	tries      int       // how often its mail failed
+	left       int       // how often it was left to another consumer
+	due        time.Time // when it is entered again
+	reason     string    // why it is dead, if it is
+	forced     time.Time // as forcedAt
 }
 
-// batch is what a consumer received at once.
-type batch struct {
-	mails map[uuid.UUID]Email    // by event
-	tags  map[uuid.UUID][]string // the deliveries of an event, of which there may be several
-	done  []string               // deliveries that need nothing more
-}
-
-// read sorts deliveries into mails to send, and others. Events of other types are not this consumer's business. What is
-// not an event can never be, so it is put into the log, and stays in the stream.
-func (c *Consumer) read(ctx context.Context, deliveries []broker.Delivery) batch {
-	b := batch{mails: map[uuid.UUID]Email{}, tags: map[uuid.UUID][]string{}}
+// read sorts deliveries into mails to send, and those that need nothing more. Events of other types are not this consumer's
+// business. What is not an event can never be, so it is put into the log, and stays in the stream.
+func (c *Consumer) read(ctx context.Context, deliveries []broker.Delivery) (tasks []*task, done []string) {
+	tasks = make([]*task, 0, len(deliveries))
 	for _, d := range deliveries {
 		if d.Err == nil && d.Event.Type != string(api.OrderCreatedV1TypeOrderCreated) {
-			b.done = append(b.done, d.Tag)
+			done = append(done, d.Tag)
 			continue
 		}
 		mail, err := confirmation(d)
 		if err != nil {
 			c.log.ErrorContext(ctx, "An entry is not an event that can be confirmed, and is left in the stream", "entry", d.Tag, "error", err)
-			b.done = append(b.done, d.Tag)
+			done = append(done, d.Tag)
 			continue
 		}
-		b.mails[mail.EventID] = mail
-		b.tags[mail.EventID] = append(b.tags[mail.EventID], d.Tag)
+		t := &task{mail: mail, tags: []string{d.Tag}, deliveries: d.Deliveries, forced: forcedAt(d.Event)}
+		if d.Deliveries > maxDeliveries {
+			t.reason = fmt.Sprintf("delivered %d times, and none of its receivers lived to finish it", d.Deliveries)
+		}
+		tasks = append(tasks, t)
 	}
-	return b
+	return tasks, done
 }
 
 // confirmation returns the mail that an order.created.v1 event asks for.
@@ -179,114 +155,4 @@ func confirmation(d broker.Delivery) (Email, error) {
 		return Email{}, fmt.Errorf("the data of event %s names no order or no user", d.Event.ID)
 	}
 	return Email{EventID: d.Event.ID, OrderID: data.OrderId, UserID: data.UserId, Amount: data.Amount}, nil
-}
-
-// finish enters the batch into the inbox, sends what is this consumer's to send, marks it and acknowledges it. A store
-// that is away is waited for: the batch is kept for this consumer meanwhile, and sent mails should be marked.
-func (c *Consumer) finish(ctx context.Context, b *batch) error {
-	var mine []uuid.UUID
-	err := c.persist(ctx, "Entering the inbox", func(ctx context.Context) (err error) {
-		mine, err = c.enter(ctx, b)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	sent := c.send(ctx, b, mine)
-	err = c.persist(ctx, "Marking mails sent", func(ctx context.Context) error {
-		if len(sent) == 0 {
-			return nil
-		}
-		marked, err := db.New(c.pool).MarkSent(ctx, db.MarkSentParams{Consumer: EmailConsumer, EventIds: sent, Holder: c.holder})
-		b.finished(marked)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	return c.persist(ctx, "Acknowledging events", func(ctx context.Context) error { return c.subscription.Ack(ctx, b.done) })
-}
-
-// finished notes that the events need nothing more.
-func (b *batch) finished(events []uuid.UUID) {
-	for _, id := range events {
-		b.done = append(b.done, b.tags[id]...)
-		delete(b.tags, id)
-	}
-}
-
-// enter takes the batch into the inbox and returns the events that are this consumer's to send. Those that were finished
-// before are noted; the others are held by another consumer.
-func (c *Consumer) enter(ctx context.Context, b *batch) ([]uuid.UUID, error) {
-	if len(b.mails) == 0 {
-		return nil, nil
-	}
-	ids := make([]uuid.UUID, 0, len(b.mails))
-	for id := range b.mails {
-		ids = append(ids, id)
-	}
-	// In one order: two consumers that were delivered the same events must not wait for each other in a circle.
-	slices.SortFunc(ids, func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
-	q := db.New(c.pool)
-	mine, err := q.EnterInbox(ctx, db.EnterInboxParams{
-		Consumer: EmailConsumer, EventIds: ids, Holder: c.holder, AbandonedAfter: c.abandonedAfter,
-	})
-	if err != nil || len(mine) == len(ids) {
-		return mine, err
-	}
-	finished, err := q.FindFinished(ctx, db.FindFinishedParams{Consumer: EmailConsumer, EventIds: ids})
-	if err != nil {
-		return nil, err
-	}
-	b.finished(finished)
-	return mine, nil
-}
-
-// send sends the mails of the events, several at once, and returns those that were sent. A mail that fails is left to be
-// delivered again, and holds nobody up.
-func (c *Consumer) send(ctx context.Context, b *batch, events []uuid.UUID) []uuid.UUID {
-	accepted := make([]bool, len(events))
-	var sends errgroup.Group
-	sends.SetLimit(concurrentSends)
-	for i, id := range events {
-		sends.Go(func() error {
-			ctx, cancel := context.WithTimeout(ctx, sendTimeout)
-			defer cancel()
-			if err := c.sender.Send(ctx, b.mails[id]); err != nil {
-				c.log.ErrorContext(ctx, "A mail was not sent, and will be tried again", "event", id, "order", b.mails[id].OrderID, "error", err)
-				return nil
-			}
-			accepted[i] = true
-			return nil
-		})
-	}
-	_ = sends.Wait()
-	var sent []uuid.UUID
-	for i, id := range events {
-		if accepted[i] {
-			sent = append(sent, id)
-		}
-	}
-	return sent
-}
-
-// persist does a step until it succeeds or ctx is done.
-func (c *Consumer) persist(ctx context.Context, doing string, step func(context.Context) error) error {
-	attempt := func() error {
-		ctx, cancel := context.WithTimeout(ctx, stepTimeout)
-		defer cancel()
-		return step(ctx)
-	}
-	failed := backoff{least: failedLeast, most: failedMost}
-	failing := trouble{log: c.log, doing: doing}
-	for {
-		err := attempt()
-		failing.note(ctx, err)
-		if err == nil {
-			return nil
-		}
-		if !failed.wait(ctx, nil) {
-			return err
-		}
-	}
 }

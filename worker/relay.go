@@ -49,14 +49,15 @@ type Relay struct {
 	nudged       chan struct{}
 	stallTimeout time.Duration
 	timeout      time.Duration
+	checkEvery   time.Duration
 	floor        floor
+	batch        int32     // the most events that the next round claims
 	checked      time.Time // when the broker was last known to be what it was
-	redriven     int       // how many events this relay has published again since the broker forgot
 }
 
 // NewRelay returns a relay from the outbox of a migrated database to publisher.
 func NewRelay(pool *pgxpool.Pool, publisher broker.Publisher, log *slog.Logger) *Relay {
-	return &Relay{pool: pool, publisher: publisher, log: log, nudged: make(chan struct{}, 1), stallTimeout: stallTimeout, timeout: relayTimeout}
+	return &Relay{pool: pool, publisher: publisher, log: log, nudged: make(chan struct{}, 1), stallTimeout: stallTimeout, timeout: relayTimeout, checkEvery: checkEvery, batch: relayBatch}
 }
 
 // Nudge tells the relay that there may be something in the outbox. It never blocks. A relay that is not nudged polls.
@@ -75,12 +76,12 @@ func (r *Relay) Run(ctx context.Context) {
 	defer looking.Wait()
 	looking.Go(func() { r.keepLooking(ctx) })
 	for ctx.Err() == nil {
-		published, err := r.runOnce(ctx)
+		done, err := r.take(ctx)
 		publishing.note(ctx, err)
 		switch {
 		case err != nil:
 			failed.wait(ctx, nil)
-		case published == 0:
+		case !done.busy():
 			failed.reset()
 			idle.wait(ctx, r.nudged)
 		default:
@@ -93,69 +94,87 @@ func (r *Relay) Run(ctx context.Context) {
 // Drain publishes until the outbox is empty, or another relay has the turn.
 func (r *Relay) Drain(ctx context.Context) error {
 	for {
-		if published, err := r.runOnce(ctx); published == 0 || err != nil {
+		if done, err := r.take(ctx); !done.busy() || err != nil {
 			return err
 		}
 	}
 }
 
-// runOnce takes the turn, claims a batch, publishes it and commits, and returns how many events it published; none when
-// another relay has the turn. After an error nothing happened, but events may have been published that will be again.
+// runOnce takes a turn and returns how many events were published.
 func (r *Relay) runOnce(ctx context.Context) (int, error) {
+	done, err := r.take(ctx)
+	return done.published, err
+}
+
+// take takes the turn, claims a batch, publishes it and commits; it does nothing when another relay has the turn. After an error
+// nothing happened, but events may have been published that will be again.
+func (r *Relay) take(ctx context.Context) (round, error) {
 	ctx, cancel := finishing(ctx, r.timeout)
 	defer cancel()
-	var done round
-	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout, 0), func(tx pgx.Tx) (err error) {
-		done, err = r.round(ctx, db.New(tx))
-		return err
+	done := round{batch: r.batch}
+	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout, 0), func(tx pgx.Tx) error {
+		return r.round(ctx, db.New(tx), &done)
 	})
 	if err != nil {
-		return 0, err
+		r.checked = time.Time{}        // the broker may not be what it was
+		r.batch = max(1, done.batch/2) // a smaller one may be done in time
+		return round{}, err
 	}
+	r.batch = relayBatch
 	done.settle(r)
-	return done.published, nil
+	return done, nil
 }
 
 // round is what was done in a turn, to be believed when the transaction has committed.
 type round struct {
+	batch     int32 // the most events to claim
 	turn      db.TakeTurnRow
-	claimed   int
-	last      int64 // the highest id that was claimed
+	claimed   bool  // events were claimed, or there are more to publish again
+	upTo      int64 // above the floor, nothing is left that is not above this id
 	published int
-	gated     bool // nothing was claimed because events are published again
+	gated     bool // nothing could be claimed, because events are published again
 	checked   bool
 	notes     []func() // what to put into the log
 }
 
+// busy tells that there may be more to do.
+func (done round) busy() bool { return done.claimed || done.published > 0 }
+
 // round does what there is to do in one transaction: first it makes sure that the broker still is what it was; then it
 // publishes what is new, or, when there is nothing new, what has to be published again.
-func (r *Relay) round(ctx context.Context, q *db.Queries) (done round, err error) {
+func (r *Relay) round(ctx context.Context, q *db.Queries, done *round) (err error) {
 	if done.turn, err = q.TakeTurn(ctx, turnLock); err != nil {
-		return done, fmt.Errorf("take the turn: %w", err)
+		return fmt.Errorf("take the turn: %w", err)
 	}
 	if !done.turn.Taken {
-		return done, nil
+		return nil
 	}
-	if time.Since(r.checked) >= checkEvery {
+	if time.Since(r.checked) >= r.checkEvery {
 		done.checked = true
-		if err := r.checkEpoch(ctx, q, &done); err != nil {
-			return done, err
+		if err := r.checkEpoch(ctx, q, done); err != nil {
+			return err
 		}
 	}
-	claimed, err := q.ClaimOutboxBatch(ctx, db.ClaimOutboxBatchParams{Floor: r.floor.get(), BatchSize: relayBatch})
+	rows, err := q.ClaimOutboxBatch(ctx, db.ClaimOutboxBatchParams{Floor: r.floor.get(), BatchSize: done.batch})
 	if err != nil {
-		return done, fmt.Errorf("claim a batch: %w", err)
+		return fmt.Errorf("claim a batch: %w", err)
 	}
-	if len(claimed) > 0 {
-		done.claimed, done.last = len(claimed), claimed[len(claimed)-1].ID
-		if err := r.publishClaimed(ctx, q, claimed, &done); err != nil {
-			return done, err
-		}
+	done.claimed, done.upTo = len(rows) > 0, math.MaxInt64
+	if len(rows) == int(done.batch) {
+		done.upTo = rows[len(rows)-1].ID
 	}
-	if done.checked || len(claimed) == 0 {
-		return done, r.publishAgain(ctx, q, &done)
+	batch := make([]claimed, len(rows))
+	for i, row := range rows {
+		batch[i] = claimed{row.ID, row.PublishedAt, row.Behind,
+			eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)}
 	}
-	return done, nil
+	if err := r.publishOrHold(ctx, q, batch, done); err != nil {
+		return err
+	}
+	if done.checked || !done.claimed {
+		return r.publishAgain(ctx, q, done)
+	}
+	return nil
 }
 
 // settle notes a committed round.
@@ -163,11 +182,8 @@ func (done round) settle(r *Relay) {
 	if done.checked {
 		r.checked = time.Now()
 	}
-	switch {
-	case done.claimed == relayBatch:
-		r.floor.raise(done.turn, done.last)
-	case done.turn.Taken && !done.gated:
-		r.floor.raise(done.turn, math.MaxInt64)
+	if done.turn.Taken && !done.gated {
+		r.floor.raise(done.turn, done.upTo)
 	}
 	for _, note := range done.notes {
 		note()
@@ -201,38 +217,46 @@ func (r *Relay) look(ctx context.Context) {
 	r.Nudge()
 }
 
-// publishClaimed publishes events that were moved to the archive, and moves those back, to be held, that were refused or that
+// claimed is an event that stands in the archive, and is to be published.
+type claimed struct {
+	id          int64
+	publishedAt time.Time
+	behind      bool // others of its order are held back
+	event       broker.Event
+}
+
+// publishOrHold publishes events that stand in the archive, and takes those out of it, to be held back, that are refused or that
 // have to wait for another of their order.
-func (r *Relay) publishClaimed(ctx context.Context, q *db.Queries, claimed []db.ClaimOutboxBatchRow, done *round) error {
+func (r *Relay) publishOrHold(ctx context.Context, q *db.Queries, batch []claimed, done *round) error {
 	held := db.HoldEventsParams{}
-	hold := func(id int64, reason string) {
-		held.Ids = append(held.Ids, id)
+	hold := func(c claimed, reason string) {
+		held.Ids = append(held.Ids, c.id)
+		held.PublishedAt = append(held.PublishedAt, c.publishedAt)
 		held.Errors = append(held.Errors, reason)
 		held.Delays = append(held.Delays, retryDelay(1))
 	}
 	var events []broker.Event
-	var ids []int64
-	for _, row := range claimed {
-		if row.Behind {
-			hold(row.ID, "")
+	var places []int
+	for i, c := range batch {
+		if c.behind {
+			hold(c, "")
 			continue
 		}
-		events = append(events, eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent))
-		ids = append(ids, row.ID)
+		events, places = append(events, c.event), append(places, i)
 	}
 	outcomes, err := r.publish(ctx, events)
 	if err != nil {
 		return err
 	}
 	for i, outcome := range outcomes {
-		switch {
+		switch c := batch[places[i]]; {
 		case outcome == nil:
 			done.published++
 		case errors.Is(outcome, errBehind):
-			hold(ids[i], "")
+			hold(c, "")
 		default:
-			hold(ids[i], outcome.Error())
-			done.note(r, slog.LevelWarn, "The broker refused an event, which will be tried again", "event", events[i].ID, "order", events[i].Subject, "error", outcome)
+			hold(c, outcome.Error())
+			done.note(r, slog.LevelWarn, "The broker refused an event, which will be tried again", "event", c.event.ID, "order", c.event.Subject, "error", outcome)
 		}
 	}
 	if len(held.Ids) == 0 {

@@ -11,10 +11,19 @@
 // An event in the inbox:
 //
 //	(absent) --enter--> received --mark--> sent
-//	                     ^      |
-//	                     +------+ abandoned: entered again by another holder
+//	    ^                ^  | |  |
+//	    |                |  | |  +---mark--> dead: refused for ever, or delivered too often
+//	    |                |  | +--+ not now: entered again by the same holder
+//	    |                +--+ abandoned: entered again by another holder
+//	    +-- given back by a holder that is stopped
 //
-// One crash cannot be decided: just after the mail was sent and just before it was marked. That mail may be sent again.
+// A mail that cannot be sent now costs nothing, however often it is tried. An event whose receivers died with it, several
+// times, is handled alone, and is dead when they go on to die: only take-overs from the dead count, not a stop, and not
+// waiting for a mail server.
+//
+// One crash cannot be decided: after the mail server accepted a mail and before that was marked. Such mails may be sent again,
+// with the same Message-ID: those under way (16 at most), those that a mark was under way for, and those accepted within the
+// 20 ms before it.
 package worker
 
 import (

@@ -88,6 +88,62 @@ func (q *Queries) FindFinished(ctx context.Context, arg FindFinishedParams) ([]u
 	return items, nil
 }
 
+const leaveInbox = `-- name: LeaveInbox :exec
+DELETE FROM inbox WHERE consumer = $1 AND event_id = ANY($2::uuid[]) AND holder = $3 AND state = 'received'
+`
+
+type LeaveInboxParams struct {
+	Consumer string
+	EventIds []uuid.UUID
+	Holder   uuid.UUID
+}
+
+// Forgets that this holder received events that it has not finished: the next that receives them need not wait.
+func (q *Queries) LeaveInbox(ctx context.Context, arg LeaveInboxParams) error {
+	_, err := q.db.Exec(ctx, leaveInbox, arg.Consumer, arg.EventIds, arg.Holder)
+	return err
+}
+
+const markDead = `-- name: MarkDead :many
+UPDATE inbox i SET state = 'dead', finished_at = now(), reason = d.reason
+FROM (SELECT unnest($3::uuid[]) AS event_id, unnest($4::text[]) AS reason) AS d
+WHERE i.consumer = $1 AND i.event_id = d.event_id AND i.holder = $2 AND i.state = 'received'
+RETURNING i.event_id
+`
+
+type MarkDeadParams struct {
+	Consumer string
+	Holder   uuid.UUID
+	EventIds []uuid.UUID
+	Reasons  []string
+}
+
+// Finishes events that can never be sent, each with its reason, as far as this holder still holds them, and returns those.
+func (q *Queries) MarkDead(ctx context.Context, arg MarkDeadParams) ([]uuid.UUID, error) {
+	rows, err := q.db.Query(ctx, markDead,
+		arg.Consumer,
+		arg.Holder,
+		arg.EventIds,
+		arg.Reasons,
+	)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []uuid.UUID{}
+	for rows.Next() {
+		var event_id uuid.UUID
+		if err := rows.Scan(&event_id); err != nil {
+			return nil, err
+		}
+		items = append(items, event_id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const markSent = `-- name: MarkSent :many
 UPDATE inbox SET state = 'sent', finished_at = now()
 WHERE consumer = $1 AND event_id = ANY($2::uuid[]) AND holder = $3 AND state = 'received'

@@ -13,12 +13,14 @@ import (
 )
 
 const archiveHeldEvents = `-- name: ArchiveHeldEvents :exec
-WITH moved AS (
+WITH turn AS MATERIALIZED (
+    SELECT clock_timestamp() AS at
+), moved AS (
     DELETE FROM outbox_held WHERE id = ANY ($1::bigint[])
     RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
 )
-INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at)
-SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved
+INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, published_at)
+SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, (SELECT turn.at FROM turn) FROM moved
 `
 
 // Moves events that were held back, and are published now, to the archive.
@@ -47,18 +49,21 @@ func (q *Queries) BuryHeldEvent(ctx context.Context, arg BuryHeldEventParams) er
 }
 
 const claimOutboxBatch = `-- name: ClaimOutboxBatch :many
-WITH claimed AS MATERIALIZED (
+WITH turn AS MATERIALIZED (
+    SELECT clock_timestamp() AS at
+), claimed AS MATERIALIZED (
     SELECT o.id FROM outbox o
-    WHERE o.id > $1 AND (SELECT s.redrive_at IS NULL FROM relay_state s)
+    WHERE o.id > $1 AND (SELECT s.redrive_at IS NULL FROM relay_state s WHERE s.one)
     ORDER BY o.id LIMIT $2 FOR UPDATE SKIP LOCKED
 ), moved AS (
     DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT claimed.id FROM claimed))
     RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
 ), archived AS (
-    INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at)
-    SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at FROM moved
+    INSERT INTO outbox_published (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, published_at)
+    SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, (SELECT turn.at FROM turn) FROM moved
 )
 SELECT id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at,
+       (SELECT turn.at FROM turn)::timestamptz AS published_at,
        (CASE WHEN (SELECT EXISTS (SELECT FROM outbox_held) OR EXISTS (SELECT FROM outbox_parked))
              THEN EXISTS (SELECT FROM outbox_held h WHERE h.aggregate_id = moved.aggregate_id)
                OR EXISTS (SELECT FROM outbox_parked k WHERE k.aggregate_id = moved.aggregate_id)
@@ -80,13 +85,15 @@ type ClaimOutboxBatchRow struct {
 	Payload     []byte
 	Traceparent *string
 	CreatedAt   time.Time
+	PublishedAt time.Time
 	Behind      bool
 }
 
 // Moves the next events above the floor, in the order of id, from the outbox to the archive, and returns them, with whether
-// others of their order are held back. Claims nothing while events are published again: those come first. The claim is
-// materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more. The rows are deleted by an
-// array of ids: a join, once it was planned for an empty outbox, would scan a full one.
+// others of their order are held back. Claims nothing while events are published again: those come first. published_at is not
+// the time of the transaction, which may have begun before the turn of another: in the archive events are in the order of turns.
+// The claim is materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more. The rows are deleted by
+// an array of ids: a join, once it was planned for an empty outbox, would scan a full one.
 func (q *Queries) ClaimOutboxBatch(ctx context.Context, arg ClaimOutboxBatchParams) ([]ClaimOutboxBatchRow, error) {
 	rows, err := q.db.Query(ctx, claimOutboxBatch, arg.Floor, arg.BatchSize)
 	if err != nil {
@@ -105,6 +112,7 @@ func (q *Queries) ClaimOutboxBatch(ctx context.Context, arg ClaimOutboxBatchPara
 			&i.Payload,
 			&i.Traceparent,
 			&i.CreatedAt,
+			&i.PublishedAt,
 			&i.Behind,
 		); err != nil {
 			return nil, err
@@ -194,7 +202,7 @@ const holdEvents = `-- name: HoldEvents :exec
 WITH back AS (
     SELECT unnest($1::bigint[]) AS id, unnest($2::text[]) AS error, unnest($3::interval[]) AS delay
 ), moved AS (
-    DELETE FROM outbox_published WHERE published_at = now() AND outbox_published.id = ANY ($1::bigint[])
+    DELETE FROM outbox_published WHERE published_at = ANY ($4::timestamptz[]) AND outbox_published.id = ANY ($1::bigint[])
     RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
 )
 INSERT INTO outbox_held (id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at, attempts, next_attempt_at, last_error)
@@ -204,15 +212,21 @@ FROM moved m JOIN back ON m.id = back.id
 `
 
 type HoldEventsParams struct {
-	Ids    []int64
-	Errors []string
-	Delays []time.Duration
+	Ids         []int64
+	Errors      []string
+	Delays      []time.Duration
+	PublishedAt []time.Time
 }
 
-// Holds back events that this transaction has moved to the archive. A refused one has an error, and is tried again after the
-// delay; one without waits for those before it.
+// Takes events out of the archive and holds them back. A refused one has an error, and is tried again after the delay; one
+// without waits for those before it.
 func (q *Queries) HoldEvents(ctx context.Context, arg HoldEventsParams) error {
-	_, err := q.db.Exec(ctx, holdEvents, arg.Ids, arg.Errors, arg.Delays)
+	_, err := q.db.Exec(ctx, holdEvents,
+		arg.Ids,
+		arg.Errors,
+		arg.Delays,
+		arg.PublishedAt,
+	)
 	return err
 }
 

@@ -13,46 +13,58 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 )
 
-const advanceFinished = `-- name: AdvanceFinished :one
-UPDATE relay_state s SET finished_to = GREATEST(s.finished_to, LEAST(now() - interval '1 minute', COALESCE((
-    SELECT p.published_at FROM outbox_published p
-    WHERE p.published_at >= s.finished_to
-      AND COALESCE((SELECT i.state FROM inbox i WHERE i.consumer = $1 AND i.event_id = p.event_id), 'received') = 'received'
-    ORDER BY p.published_at, p.id LIMIT 1), now())))
-RETURNING finished_to
+const endRedrive = `-- name: EndRedrive :one
+UPDATE relay_state SET redrive_at = NULL, redrive_id = 0, redriven = redriven + $1 WHERE one RETURNING redriven
 `
 
-// Moves the mark before which every published event is finished, as far as the first that is not, and not to the last minute,
-// in which a relay may still be committing. Returns the mark.
-func (q *Queries) AdvanceFinished(ctx context.Context, consumer string) (time.Time, error) {
-	row := q.db.QueryRow(ctx, advanceFinished, consumer)
-	var finished_to time.Time
-	err := row.Scan(&finished_to)
-	return finished_to, err
+// Returns how many events were published again.
+func (q *Queries) EndRedrive(ctx context.Context, more int64) (int64, error) {
+	row := q.db.QueryRow(ctx, endRedrive, more)
+	var redriven int64
+	err := row.Scan(&redriven)
+	return redriven, err
 }
 
-const endRedrive = `-- name: EndRedrive :exec
-UPDATE relay_state SET redrive_at = NULL, redrive_id = 0
+const findEndOfSlice = `-- name: FindEndOfSlice :one
+SELECT published_at, id FROM outbox_published
+WHERE (published_at, id) > ($1::timestamptz, $2::bigint)
+ORDER BY published_at, id OFFSET $3 LIMIT 1
 `
 
-func (q *Queries) EndRedrive(ctx context.Context) error {
-	_, err := q.db.Exec(ctx, endRedrive)
-	return err
+type FindEndOfSliceParams struct {
+	AfterAt time.Time
+	AfterID int64
+	Events  int32
+}
+
+type FindEndOfSliceRow struct {
+	PublishedAt time.Time
+	ID          int64
+}
+
+// Where so many published events, oldest first, end.
+func (q *Queries) FindEndOfSlice(ctx context.Context, arg FindEndOfSliceParams) (FindEndOfSliceRow, error) {
+	row := q.db.QueryRow(ctx, findEndOfSlice, arg.AfterAt, arg.AfterID, arg.Events)
+	var i FindEndOfSliceRow
+	err := row.Scan(&i.PublishedAt, &i.ID)
+	return i, err
 }
 
 const findUnfinishedEvents = `-- name: FindUnfinishedEvents :many
 SELECT p.published_at, p.id, p.event_id, p.aggregate_id, p.event_type, p.source, p.payload, p.traceparent, p.created_at
 FROM outbox_published p
 WHERE (p.published_at, p.id) > ($1::timestamptz, $2::bigint)
-  AND COALESCE((SELECT i.state FROM inbox i WHERE i.consumer = $3 AND i.event_id = p.event_id), 'received') = 'received'
-ORDER BY p.published_at, p.id LIMIT $4
+  AND (p.published_at, p.id) <= ($3::timestamptz, $4::bigint)
+  AND COALESCE((SELECT i.state FROM inbox i WHERE i.consumer = $5 AND i.event_id = p.event_id), 'received') = 'received'
+ORDER BY p.published_at, p.id
 `
 
 type FindUnfinishedEventsParams struct {
-	AfterAt   time.Time
-	AfterID   int64
-	Consumer  string
-	BatchSize int32
+	AfterAt  time.Time
+	AfterID  int64
+	ToAt     time.Time
+	ToID     int64
+	Consumer string
 }
 
 type FindUnfinishedEventsRow struct {
@@ -67,14 +79,15 @@ type FindUnfinishedEventsRow struct {
 	CreatedAt   time.Time
 }
 
-// Published events that the consumer has not finished, oldest first, after those that were looked at before. The state is a
-// subquery because a join might read the whole inbox for one batch.
+// Published events that the consumer has not finished, oldest first, in a slice of the archive. The state is a subquery because a
+// join might read the whole inbox for one slice.
 func (q *Queries) FindUnfinishedEvents(ctx context.Context, arg FindUnfinishedEventsParams) ([]FindUnfinishedEventsRow, error) {
 	rows, err := q.db.Query(ctx, findUnfinishedEvents,
 		arg.AfterAt,
 		arg.AfterID,
+		arg.ToAt,
+		arg.ToID,
 		arg.Consumer,
-		arg.BatchSize,
 	)
 	if err != nil {
 		return nil, err
@@ -105,7 +118,7 @@ func (q *Queries) FindUnfinishedEvents(ctx context.Context, arg FindUnfinishedEv
 }
 
 const getRelayState = `-- name: GetRelayState :one
-SELECT epoch, redrive_at, redrive_id FROM relay_state
+SELECT epoch, redrive_at, redrive_id FROM relay_state WHERE one
 `
 
 type GetRelayStateRow struct {
@@ -122,21 +135,22 @@ func (q *Queries) GetRelayState(ctx context.Context) (GetRelayStateRow, error) {
 }
 
 const moveRedrive = `-- name: MoveRedrive :exec
-UPDATE relay_state SET redrive_at = $1::timestamptz, redrive_id = $2
+UPDATE relay_state SET redrive_at = $1::timestamptz, redrive_id = $2, redriven = redriven + $3 WHERE one
 `
 
 type MoveRedriveParams struct {
 	RedriveAt time.Time
 	RedriveID int64
+	More      int64
 }
 
 func (q *Queries) MoveRedrive(ctx context.Context, arg MoveRedriveParams) error {
-	_, err := q.db.Exec(ctx, moveRedrive, arg.RedriveAt, arg.RedriveID)
+	_, err := q.db.Exec(ctx, moveRedrive, arg.RedriveAt, arg.RedriveID, arg.More)
 	return err
 }
 
 const startRedrive = `-- name: StartRedrive :exec
-UPDATE relay_state SET redrive_at = CASE WHEN epoch <> '' THEN finished_to END, redrive_id = 0, epoch = $1
+UPDATE relay_state SET redrive_at = CASE WHEN epoch <> '' THEN finished_to END, redrive_id = 0, redriven = 0, epoch = $1 WHERE one
 `
 
 // Notes that the broker has begun another life, and that what it may have forgotten is to be published again. In its first life

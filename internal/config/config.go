@@ -44,7 +44,9 @@ var Variables = []Variable{
 	{"REDIS_PASSWORD", "", ""},
 	{"PORT", "8080", "public HTTP; 0 takes any free port"},
 	{"IDEMPOTENCY_RETENTION", "24h", "how long an Idempotency-Key answers after its order was placed"},
-	{"EVENT_BROKER", "redis-streams", "redis-streams"},
+	{"OUTBOX_RETENTION", "72h", "how long published events are kept, in days that are dropped whole, once they are finished"},
+	{"OUTBOX_MAX_AGE", "", "orders are refused while an event has waited longer than this to be published (default: never)"},
+	{"EVENT_BROKER", "redis-streams", "redis-streams, or redis-pubsub, which loses what is published while nobody listens"},
 	{"EMAIL_SENDER", "log", "log writes each mail to the log; smtp sends it; discard sends nothing"},
 	{"EMAIL_FROM", "", "with smtp, the sender of each mail, such as orders@example.com"},
 	{"EMAIL_TO_DOMAIN", "", "a mail goes to the user id at this domain (default the domain of EMAIL_FROM)"},
@@ -57,7 +59,7 @@ var Variables = []Variable{
 }
 
 // later are variables that are part of the contract but not built yet. To ignore one would be to promise what is not kept.
-var later = []string{"API_KEYS", "OPS_ADDR", "OPS_TOKEN", "OUTBOX_RETENTION", "OUTBOX_MAX_AGE", "NATS_URL", "KAFKA_BROKERS"}
+var later = []string{"API_KEYS", "OPS_ADDR", "OPS_TOKEN", "NATS_URL", "KAFKA_BROKERS"}
 
 // Config is the whole configuration.
 type Config struct {
@@ -70,6 +72,9 @@ type Config struct {
 
 	Port                 int           // 0: any
 	IdempotencyRetention time.Duration // at least minRetention
+	OutboxRetention      time.Duration // at least minRetention
+	OutboxMaxAge         time.Duration // at least minMaxAge; 0: any age
+	EventBroker          string        // "redis-streams" or "redis-pubsub"
 	EmailSender          string        // "log", "smtp" or "discard"
 	SMTP                 SMTP          // for the sender "smtp"
 	LogJSON              bool
@@ -86,8 +91,13 @@ type SMTP struct {
 	ToDomain string       // where the user ids are mailboxes
 }
 
-// minRetention is the shortest time for which a key may answer. It is longer than a reservation in Redis lasts.
-const minRetention = time.Minute
+const (
+	// minRetention is the shortest time for which a key may answer, or an event be kept. It is longer than a reservation in Redis
+	// lasts.
+	minRetention = time.Minute
+	// minMaxAge is the shortest age at which events may be too old. It is as long as a relay may take to try again.
+	minMaxAge = 2 * time.Second
+)
 
 // Read reads the configuration through getenv. The error names every mistake, each with its remedy.
 func Read(getenv func(string) string) (Config, error) {
@@ -98,10 +108,14 @@ func Read(getenv func(string) string) (Config, error) {
 		RedisSet:             getenv("REDIS_ADDR") != "" || getenv("REDIS_PASSWORD") != "",
 		Port:                 r.port("PORT", 0),
 		IdempotencyRetention: r.duration("IDEMPOTENCY_RETENTION", minRetention),
+		OutboxRetention:      r.duration("OUTBOX_RETENTION", minRetention),
+		EventBroker:          r.oneOf("EVENT_BROKER", "redis-streams", "redis-pubsub"),
 		EmailSender:          r.oneOf("EMAIL_SENDER", "log", "smtp", "discard"),
 		LogJSON:              r.oneOf("LOG_FORMAT", "text", "json") == "json",
 	}
-	r.oneOf("EVENT_BROKER", "redis-streams")
+	if getenv("OUTBOX_MAX_AGE") != "" {
+		c.OutboxMaxAge = r.duration("OUTBOX_MAX_AGE", minMaxAge)
+	}
 	c.SMTP = r.smtp(c.EmailSender)
 	c.DatabaseURL, c.DatabaseSet = r.database()
 	_ = c.LogLevel.UnmarshalText([]byte(r.oneOf("LOG_LEVEL", "debug", "info", "warn", "error")))
@@ -121,8 +135,9 @@ func (c Config) LogValue() slog.Value {
 	}
 	return slog.GroupValue(
 		slog.String("database", database), slog.String("redis", strings.Join(c.RedisAddrs, ",")), slog.Int("port", c.Port),
-		slog.Duration("idempotency_retention", c.IdempotencyRetention), slog.String("email_sender", c.EmailSender),
-		slog.String("smtp", c.SMTP.Addr), slog.Any("log_level", c.LogLevel),
+		slog.Duration("idempotency_retention", c.IdempotencyRetention),
+		slog.Duration("outbox_retention", c.OutboxRetention), slog.Duration("outbox_max_age", c.OutboxMaxAge), slog.String("event_broker", c.EventBroker),
+		slog.String("email_sender", c.EmailSender), slog.String("smtp", c.SMTP.Addr), slog.Any("log_level", c.LogLevel),
 	)
 }
 

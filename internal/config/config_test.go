@@ -21,7 +21,8 @@ func TestNothingNeedsToBeSet(t *testing.T) {
 		t.Fatal(err)
 	}
 	if c.DatabaseURL != DefaultDatabaseURL || c.DatabaseSet || c.RedisSet || !slices.Equal(c.RedisAddrs, []string{DefaultRedisAddr}) ||
-		c.Port != 8080 || c.IdempotencyRetention != 24*time.Hour || c.EmailSender != "log" || c.LogJSON || c.LogLevel != slog.LevelInfo {
+		c.Port != 8080 || c.IdempotencyRetention != 24*time.Hour || c.OutboxRetention != 72*time.Hour ||
+		c.OutboxMaxAge != 0 || c.EventBroker != "redis-streams" || c.EmailSender != "log" || c.LogJSON || c.LogLevel != slog.LevelInfo {
 		t.Errorf("the defaults are %+v", c)
 	}
 }
@@ -30,14 +31,16 @@ func TestEveryVariableCounts(t *testing.T) {
 	c, err := read(map[string]string{
 		"DB_HOST": "db", "DB_PORT": "6543", "DB_USER": "u", "DB_PASSWORD": "p@ss/word?", "DB_NAME": "n",
 		"REDIS_ADDR": "a:1, b:2", "REDIS_PASSWORD": "r", "PORT": "0", "IDEMPOTENCY_RETENTION": "90m", "EMAIL_SENDER": "discard",
-		"EVENT_BROKER": "redis-streams", "LOG_FORMAT": "json", "LOG_LEVEL": "debug",
+		"OUTBOX_RETENTION": "48h", "OUTBOX_MAX_AGE": "30s",
+		"EVENT_BROKER": "redis-pubsub", "LOG_FORMAT": "json", "LOG_LEVEL": "debug",
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if c.DatabaseURL != "postgres://u:p%40ss%2Fword%3F@db:6543/n" || !c.DatabaseSet || !slices.Equal(c.RedisAddrs, []string{"a:1", "b:2"}) ||
-		c.RedisPassword != "r" || !c.RedisSet || c.Port != 0 || c.IdempotencyRetention != 90*time.Minute || c.EmailSender != "discard" ||
-		!c.LogJSON || c.LogLevel != slog.LevelDebug {
+		c.RedisPassword != "r" || !c.RedisSet || c.Port != 0 || c.IdempotencyRetention != 90*time.Minute || c.OutboxRetention != 48*time.Hour ||
+		c.OutboxMaxAge != 30*time.Second || c.EmailSender != "discard" ||
+		c.EventBroker != "redis-pubsub" || !c.LogJSON || c.LogLevel != slog.LevelDebug {
 		t.Errorf("read %+v", c)
 	}
 	c, err = read(map[string]string{"DATABASE_URL": "postgres://u:p@db/n?sslmode=require"})
@@ -70,6 +73,7 @@ func TestEachMistakeIsNamedAndNoSecretIsShown(t *testing.T) {
 	for _, env := range []map[string]string{
 		{"DB_PORT": "0"}, {"DB_PORT": "-1"}, {"PORT": ""}, {"PORT": "-1"}, {"PORT": "http"}, {"REDIS_ADDR": "a:1,"}, {"REDIS_ADDR": ":6379"},
 		{"REDIS_ADDR": "a:0"}, {"IDEMPOTENCY_RETENTION": "-1h"}, {"IDEMPOTENCY_RETENTION": "59s"},
+		{"OUTBOX_RETENTION": "59s"}, {"OUTBOX_RETENTION": "3d"}, {"OUTBOX_MAX_AGE": "1s"}, {"OUTBOX_MAX_AGE": "0"}, {"OUTBOX_MAX_AGE": ""},
 	} {
 		_, err := read(env)
 		for name, value := range env {
