@@ -361,8 +361,8 @@ func TestMigrateMovesTheSchema(t *testing.T) {
 	t.Parallel()
 	env := []string{"DATABASE_URL=" + testenv.DatabaseURL(t), "XDG_DATA_HOME=" + testenv.Dir(t)}
 	for _, step := range []struct{ arg, want string }{
-		{"status", "applied  00004_inbox.sql"}, {"up", "the database is up to date"}, {"down", "down 00004_inbox.sql"},
-		{"status", "pending  00004_inbox.sql"}, {"up", "up   00004_inbox.sql"}, {"status", "applied  00004_inbox.sql"},
+		{"status", "applied  00008_retention.sql"}, {"up", "the database is up to date"}, {"down", "down 00008_retention.sql"},
+		{"status", "pending  00008_retention.sql"}, {"up", "up   00008_retention.sql"}, {"status", "applied  00008_retention.sql"},
 	} {
 		out, errs, code := finish(t, env, "migrate", step.arg)
 		if code != 0 || !strings.Contains(out, step.want) {
