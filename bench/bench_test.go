@@ -212,6 +212,9 @@ func TestTheGeneratorsCountWhatTheServerAnswers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			s.Close() // waits for requests that wrk left under way
+			mu.Lock()
+			defer mu.Unlock()
 			least := requests - connections // wrk leaves with requests under way
 			if name == "open" {
 				least = requests - warmUp - connections
