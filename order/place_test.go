@@ -295,7 +295,7 @@ func TestADeadlockIsTriedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer other.Rollback(context.Background())
-	if _, err := other.Exec(t.Context(), "SET LOCAL deadlock_timeout = '1min'; LOCK TABLE orders"); err != nil {
+	if _, err := other.Exec(t.Context(), "SET LOCAL deadlock_timeout = '1min'; SET LOCAL lock_timeout = 0; LOCK TABLE orders"); err != nil {
 		t.Fatal(err)
 	}
 	placed := make(chan Result, 1)

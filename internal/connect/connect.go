@@ -27,13 +27,14 @@ const (
 	maxConns = 16
 )
 
-// session is what each connection is told, whatever the database's defaults are. Statements are planned once for each
+// session is what each connection is told, whatever the database's defaults are. A lock is waited for a little longer than
+// PostgreSQL takes to notice a deadlock, which is tried again. Statements are planned once for each
 // connection, when the tables may still be empty; each finds its rows by an index, and shall go on to when they are full. Where
 // there is none to use, the price of a scan that is off would have the statement compiled (jit) each time, for a second.
 const session = `
 SET default_transaction_isolation = 'read committed';
 SET default_transaction_read_only = off;
-SET lock_timeout = '1s';
+SET lock_timeout = '1500ms';
 SET plan_cache_mode = force_generic_plan;
 SET enable_seqscan = off;
 SET enable_bitmapscan = off;
