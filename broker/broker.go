@@ -29,6 +29,15 @@ const (
 	Forced   = "force"  // consumers that finished the event before ReplayedAt do everything again
 )
 
+// EventOf returns the event of an order as the outbox and its archive keep it.
+func EventOf(id uuid.UUID, source, eventType string, order uuid.UUID, at time.Time, data []byte, traceparent *string) Event {
+	e := Event{ID: id, Source: source, Type: eventType, Subject: order.String(), Time: at, Data: data}
+	if traceparent != nil {
+		e.Traceparent = *traceparent
+	}
+	return e
+}
+
 // Publisher hands events to the broker.
 type Publisher interface {
 	// Publish returns nil when the broker has accepted every event, in their order, and a *RefusedError when it has accepted all

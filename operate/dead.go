@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -79,14 +78,14 @@ func (o *Operator) Event(ctx context.Context, d Dead) (broker.Event, error) {
 			return broker.Event{}, cmp.Or(err, ErrNotFound)
 		}
 		r := rows[0]
-		return eventOf(r.EventID, r.Source, r.EventType, r.AggregateID, r.CreatedAt, r.Payload, r.Traceparent), nil
+		return broker.EventOf(r.EventID, r.Source, r.EventType, r.AggregateID, r.CreatedAt, r.Payload, r.Traceparent), nil
 	}
 	rows, err := q.FindPublishedEvents(ctx, db.FindPublishedEventsParams{PublishedAts: []time.Time{d.publishedAt}, Ids: []int64{d.id}})
 	if err != nil || len(rows) == 0 {
 		return broker.Event{}, cmp.Or(err, ErrNotFound)
 	}
 	r := rows[0]
-	return eventOf(r.EventID, r.Source, r.EventType, r.AggregateID, r.CreatedAt, r.Payload, r.Traceparent), nil
+	return broker.EventOf(r.EventID, r.Source, r.EventType, r.AggregateID, r.CreatedAt, r.Payload, r.Traceparent), nil
 }
 
 // Requeue has dead events tried again. Those that the broker refused go to the end of the outbox, in their order; what was
@@ -152,7 +151,7 @@ func (o *Operator) publishAgain(ctx context.Context, q *db.Queries, dead []Dead)
 	}
 	events := make([]broker.Event, len(rows))
 	for i, r := range rows {
-		events[i] = eventOf(r.EventID, r.Source, r.EventType, r.AggregateID, r.CreatedAt, r.Payload, r.Traceparent)
+		events[i] = broker.EventOf(r.EventID, r.Source, r.EventType, r.AggregateID, r.CreatedAt, r.Payload, r.Traceparent)
 		events[i].Replay, events[i].ReplayedAt = broker.Replayed, r.ReplayedAt
 	}
 	// What is not finished any more must be published again should the broker forget it.
@@ -205,12 +204,4 @@ func keysOf(dead []Dead) (consumers []string, events []uuid.UUID) {
 		consumers[i], events[i] = d.Consumer, d.EventID
 	}
 	return consumers, events
-}
-
-func eventOf(id uuid.UUID, source, eventType string, order uuid.UUID, at time.Time, data json.RawMessage, traceparent *string) broker.Event {
-	e := broker.Event{ID: id, Source: source, Type: eventType, Subject: order.String(), Time: at, Data: data}
-	if traceparent != nil {
-		e.Traceparent = *traceparent
-	}
-	return e
 }

@@ -66,7 +66,7 @@ func (op *operation) replayBatch(ctx context.Context, r *Range, mark string) (in
 	}
 	events := make([]broker.Event, len(rows))
 	for i, row := range rows {
-		events[i] = eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)
+		events[i] = broker.EventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)
 		events[i].Replay, events[i].ReplayedAt = mark, row.ReplayedAt
 	}
 	accepted, refused, err := op.publish(ctx, events)

@@ -86,7 +86,7 @@ func (r *Relay) redrive(ctx context.Context, q *db.Queries, at time.Time, id int
 	batch := make([]claimed, len(rows))
 	for i, row := range rows {
 		batch[i] = claimed{row.ID, row.PublishedAt, false,
-			eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)}
+			broker.EventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)}
 	}
 	before := done.published
 	if err := r.publishOrHold(ctx, q, batch, done); err != nil {
@@ -118,7 +118,7 @@ func (r *Relay) retry(ctx context.Context, q *db.Queries, done *round) error {
 	}
 	events := make([]broker.Event, len(rows))
 	for i, row := range rows {
-		events[i] = eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)
+		events[i] = broker.EventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)
 	}
 	outcomes, err := r.publish(ctx, events)
 	if err != nil {

@@ -9,7 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
@@ -166,7 +165,7 @@ func (r *Relay) round(ctx context.Context, q *db.Queries, done *round) (err erro
 	batch := make([]claimed, len(rows))
 	for i, row := range rows {
 		batch[i] = claimed{row.ID, row.PublishedAt, row.Behind,
-			eventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)}
+			broker.EventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)}
 	}
 	if err := r.publishOrHold(ctx, q, batch, done); err != nil {
 		return err
@@ -317,14 +316,6 @@ func waves(events []broker.Event) [][]int {
 		groups[n] = append(groups[n], i)
 	}
 	return groups
-}
-
-func eventOf(id uuid.UUID, source, eventType string, order uuid.UUID, at time.Time, data []byte, traceparent *string) broker.Event {
-	e := broker.Event{ID: id, Source: source, Type: eventType, Subject: order.String(), Time: at, Data: data}
-	if traceparent != nil {
-		e.Traceparent = *traceparent
-	}
-	return e
 }
 
 func (done *round) note(r *Relay, level slog.Level, message string, args ...any) {
