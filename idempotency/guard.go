@@ -16,6 +16,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -58,12 +60,14 @@ type Guard struct {
 	retention time.Duration // how long the mark of a committed send stands
 	breaker   *gobreaker.CircuitBreaker[[]*redis.Cmd]
 	calls     *gather.Gatherer[call, reply]
+	name      string        // of this guard, among all there ever are
+	tokens    atomic.Uint64 // how many it has made
 }
 
 // NewGuard returns a guard that reserves in rdb and remembers committed keys there for retention. It logs when it begins
 // and ends to do without Redis.
 func NewGuard(rdb redis.UniversalClient, retention time.Duration, log *slog.Logger) *Guard {
-	g := &Guard{redis: rdb, retention: retention}
+	g := &Guard{redis: rdb, retention: retention, name: uuid.NewString()}
 	g.calls = gather.New(calling, g.exchange)
 	g.breaker = gobreaker.NewCircuitBreaker[[]*redis.Cmd](gobreaker.Settings{
 		Name:        "redis",
@@ -86,6 +90,9 @@ func NewGuard(rdb redis.UniversalClient, retention time.Duration, log *slog.Logg
 	return g
 }
 
+// newToken returns a token that no other reservation has.
+func (g *Guard) newToken() string { return g.name + "/" + strconv.FormatUint(g.tokens.Add(1), 36) }
+
 // Send is one send of a key: how to look up what was committed under it, and how to place it.
 type Send[T any] struct {
 	Key Key
@@ -100,11 +107,12 @@ type Send[T any] struct {
 // returns ErrInProgress, but not before patience is done: until then it waits for the other's outcome.
 // It returns errors of Find and Place as they are.
 func Once[T any](ctx, patience context.Context, g *Guard, send Send[T]) (T, error) {
+	place := placeOf(send.Key)
 	for look := firstLook; ; look = min(2*look, lastLook) {
-		token := uuid.NewString()
-		switch g.reserve(send.Key, token) {
+		token := g.newToken()
+		switch g.reserve(place, token) {
 		case reserved:
-			return placeReserved(g, send, token)
+			return placeReserved(g, send.Place, place, token)
 		case unknown:
 			return send.Place()
 		case completed:
@@ -130,14 +138,14 @@ func Once[T any](ctx, patience context.Context, g *Guard, send Send[T]) (T, erro
 }
 
 // placeReserved places a send whose key it holds, and tells Redis how that ended.
-func placeReserved[T any](g *Guard, send Send[T], token string) (T, error) {
-	placed, err := send.Place()
+func placeReserved[T any](g *Guard, doPlace func() (T, error), place, token string) (T, error) {
+	placed, err := doPlace()
 	switch {
 	case err == nil, errors.Is(err, ErrMismatch):
-		g.calls.Tell(g.completion(send.Key, token))
+		g.calls.Tell(g.completion(place, token))
 	case errors.Is(err, ErrOutcomeUnknown):
 	default:
-		g.release(send.Key, token)
+		g.release(place, token)
 	}
 	return placed, err
 }

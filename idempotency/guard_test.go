@@ -6,10 +6,10 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
 
 	"idempotent-orders/internal/connect"
@@ -19,7 +19,10 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
 
-var testKey = Key{Caller: "anonymous", Operation: "PlaceOrder", Value: "k"}
+var (
+	testKey   = Key{Caller: "anonymous", Operation: "PlaceOrder", Value: "k"}
+	testPlace = placeOf(testKey)
+)
 
 func newGuard(t *testing.T, rdb redis.UniversalClient) *Guard {
 	return NewGuard(rdb, time.Hour, slog.New(slog.DiscardHandler))
@@ -30,26 +33,26 @@ func TestAKeyIsReservedByOneHolderUntilItLetsGo(t *testing.T) {
 	rdb, _ := testenv.Redis(t)
 	g := newGuard(t, rdb)
 
-	expect(t, "the first holder", g.reserve(testKey, "one"), reserved)
-	expect(t, "another holder", g.reserve(testKey, "two"), inProgress)
-	expect(t, "the first again, as when its reply was lost", g.reserve(testKey, "one"), reserved)
+	expect(t, "the first holder", g.reserve(testPlace, "one"), reserved)
+	expect(t, "another holder", g.reserve(testPlace, "two"), inProgress)
+	expect(t, "the first again, as when its reply was lost", g.reserve(testPlace, "one"), reserved)
 
-	g.release(testKey, "two")
-	expect(t, "after a release by who has it not", g.reserve(testKey, "two"), inProgress)
+	g.release(testPlace, "two")
+	expect(t, "after a release by who has it not", g.reserve(testPlace, "two"), inProgress)
 	complete(t, g, testKey, "two")
-	expect(t, "after a complete by who has it not", g.reserve(testKey, "two"), inProgress)
+	expect(t, "after a complete by who has it not", g.reserve(testPlace, "two"), inProgress)
 
-	g.release(testKey, "one")
-	expect(t, "after the holder's release", g.reserve(testKey, "two"), reserved)
+	g.release(testPlace, "one")
+	expect(t, "after the holder's release", g.reserve(testPlace, "two"), reserved)
 	complete(t, g, testKey, "two")
-	expect(t, "after the holder's complete", g.reserve(testKey, "three"), completed)
-	g.release(testKey, "two")
-	expect(t, "after a late release", g.reserve(testKey, "three"), completed)
+	expect(t, "after the holder's complete", g.reserve(testPlace, "three"), completed)
+	g.release(testPlace, "two")
+	expect(t, "after a late release", g.reserve(testPlace, "three"), completed)
 }
 
 func complete(t *testing.T, g *Guard, key Key, token string) {
 	t.Helper()
-	if _, err := g.calls.Do(g.completion(key, token)); err != nil {
+	if _, err := g.calls.Do(g.completion(placeOf(key), token)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -59,12 +62,12 @@ func TestReservationsAndMarksHaveClocksOfTheirOwn(t *testing.T) {
 	rdb, _ := testenv.Redis(t)
 	g, ctx := newGuard(t, rdb), t.Context()
 
-	g.reserve(testKey, "one")
-	if left := rdb.PTTL(ctx, place(testKey)).Val(); left <= 0 || left > reservationLasts {
+	g.reserve(testPlace, "one")
+	if left := rdb.PTTL(ctx, placeOf(testKey)).Val(); left <= 0 || left > reservationLasts {
 		t.Errorf("the reservation lasts %s; want at most %s", left, reservationLasts)
 	}
 	complete(t, g, testKey, "one")
-	if left := rdb.PTTL(ctx, place(testKey)).Val(); left <= reservationLasts || left > time.Hour {
+	if left := rdb.PTTL(ctx, placeOf(testKey)).Val(); left <= reservationLasts || left > time.Hour {
 		t.Errorf("the mark lasts %s; want the retention of an hour", left)
 	}
 }
@@ -74,9 +77,9 @@ func TestAReservationWithoutAnEndIsGivenOne(t *testing.T) {
 	rdb, _ := testenv.Redis(t)
 	g, ctx := newGuard(t, rdb), t.Context()
 	for _, expiry := range []time.Duration{0, 100 * time.Hour} {
-		rdb.Set(ctx, place(testKey), "held:nobody", expiry)
-		expect(t, "a reservation of nobody", g.reserve(testKey, "one"), inProgress)
-		if left := rdb.PTTL(ctx, place(testKey)).Val(); left <= 0 || left > reservationLasts {
+		rdb.Set(ctx, placeOf(testKey), "held:nobody", expiry)
+		expect(t, "a reservation of nobody", g.reserve(testPlace, "one"), inProgress)
+		if left := rdb.PTTL(ctx, placeOf(testKey)).Val(); left <= 0 || left > reservationLasts {
 			t.Errorf("it lasts another %s; want at most %s", left, reservationLasts)
 		}
 	}
@@ -86,15 +89,15 @@ func TestWhatIsNotAReservationKeepsNobodyOut(t *testing.T) {
 	t.Parallel()
 	rdb, _ := testenv.Redis(t)
 	g, ctx := newGuard(t, rdb), t.Context()
-	rdb.Set(ctx, place(testKey), "garbage", 0)
-	expect(t, "over garbage", g.reserve(testKey, "one"), reserved)
-	rdb.Del(ctx, place(testKey))
-	rdb.LPush(ctx, place(testKey), "a list")
+	rdb.Set(ctx, placeOf(testKey), "garbage", 0)
+	expect(t, "over garbage", g.reserve(testPlace, "one"), reserved)
+	rdb.Del(ctx, placeOf(testKey))
+	rdb.LPush(ctx, placeOf(testKey), "a list")
 	for range 2 * breakerTrips {
-		expect(t, "over a list", g.reserve(testKey, "one"), unknown)
+		expect(t, "over a list", g.reserve(testPlace, "one"), unknown)
 	}
 	other := Key{Caller: "anonymous", Operation: "PlaceOrder", Value: "other"}
-	expect(t, "another key: an error reply is a sign of life", g.reserve(other, "one"), reserved)
+	expect(t, "another key: an error reply is a sign of life", g.reserve(placeOf(other), "one"), reserved)
 }
 
 func TestLostScriptsAreSentAgain(t *testing.T) {
@@ -105,9 +108,9 @@ func TestLostScriptsAreSentAgain(t *testing.T) {
 		if err := rdb.ScriptFlush(ctx).Err(); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, "reserving after SCRIPT FLUSH", g.reserve(testKey, fmt.Sprint(i)), reserved)
+		expect(t, "reserving after SCRIPT FLUSH", g.reserve(testPlace, fmt.Sprint(i)), reserved)
 		rdb.ScriptFlush(ctx)
-		g.release(testKey, fmt.Sprint(i))
+		g.release(testPlace, fmt.Sprint(i))
 	}
 }
 
@@ -116,11 +119,11 @@ func TestABatchIsReservedInOneGo(t *testing.T) {
 	rdb, _ := testenv.Redis(t)
 	g, ctx := newGuard(t, rdb), t.Context()
 	held := Key{Caller: "anonymous", Operation: "PlaceOrder", Value: "held"}
-	g.reserve(held, "another")
-	rdb.LPush(ctx, place(Key{Value: "list"}), "a list")
+	g.reserve(placeOf(held), "another")
+	rdb.LPush(ctx, placeOf(Key{Value: "list"}), "a list")
 	calls := make([]call, 0, 4)
 	for _, key := range []Key{testKey, held, {Value: "list"}, testKey} {
-		calls = append(calls, call{lua.Reserve, key, []any{"one", 1000}})
+		calls = append(calls, call{lua.Reserve, placeOf(key), []any{"one", 1000}})
 	}
 	replies := g.exchange(calls)
 	for i, want := range []state{reserved, inProgress, "", reserved} {
@@ -135,10 +138,10 @@ func TestKeysOfOtherScopesNeverMeet(t *testing.T) {
 	for _, k := range []Key{
 		{"a", "b", "c"}, {"a", "c", "b"}, {"b", "a", "c"}, {"ab", "", "c"}, {"", "ab", "c"}, {"a", "b", "d"}, {"a", "bc", ""},
 	} {
-		if other, taken := places[place(k)]; taken {
+		if other, taken := places[placeOf(k)]; taken {
 			t.Errorf("%v and %v meet", k, other)
 		}
-		places[place(k)] = k
+		places[placeOf(k)] = k
 	}
 }
 
@@ -165,14 +168,14 @@ func TestTheBreakerOpensAndClosesAgain(t *testing.T) {
 	g := newGuard(t, rdb)
 	server.Kill()
 	for range 2 * breakerTrips {
-		expect(t, "without Redis", g.reserve(testKey, "one"), unknown)
+		expect(t, "without Redis", g.reserve(testPlace, "one"), unknown)
 	}
 	if g.breaker.State().String() != "open" {
 		t.Fatalf("the breaker is %s after %d failures", g.breaker.State(), 2*breakerTrips)
 	}
 	server.Start()
 	deadline := time.Now().Add(20 * time.Second)
-	for g.reserve(testKey, "one") != reserved {
+	for g.reserve(testPlace, "one") != reserved {
 		if time.Now().After(deadline) {
 			t.Fatal("the breaker stays open though Redis is back")
 		}
@@ -209,9 +212,10 @@ func TestOnceTellsWhatPostgreSQLDecides(t *testing.T) {
 			rdb, _ := testenv.Redis(t)
 			ctx := t.Context()
 			if test.redis != "" {
-				rdb.Set(ctx, place(testKey), test.redis, time.Minute)
+				rdb.Set(ctx, placeOf(testKey), test.redis, time.Minute)
 			}
-			got, err := Once(ctx, done(t), newGuard(t, rdb), Send[string]{
+			g := newGuard(t, rdb)
+			got, err := Once(ctx, done(t), g, Send[string]{
 				Key:   testKey,
 				Find:  func() (string, error) { return "found", test.find },
 				Place: func() (string, error) { return "placed", test.place },
@@ -221,8 +225,8 @@ func TestOnceTellsWhatPostgreSQLDecides(t *testing.T) {
 			}
 			var remains string
 			for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); { // completing rides behind the answer
-				remains = rdb.Get(ctx, place(testKey)).Val()
-				if remains == test.remain || test.remain == "held" && len(remains) == len("held:")+len(uuid.NewString()) {
+				remains = rdb.Get(ctx, placeOf(testKey)).Val()
+				if remains == test.remain || test.remain == "held" && strings.HasPrefix(remains, "held:"+g.name) {
 					return
 				}
 			}
@@ -237,7 +241,7 @@ func TestAPatientSendGetsTheOthersAnswer(t *testing.T) {
 	g := newGuard(t, rdb)
 	patience, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	g.reserve(testKey, "other")
+	g.reserve(testPlace, "other")
 	looked := make(chan struct{}, 100)
 	answer := make(chan string)
 	go func() {
@@ -269,11 +273,11 @@ func TestAPatientSendPlacesWhenTheOtherGivesUp(t *testing.T) {
 	g := newGuard(t, rdb)
 	patience, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	g.reserve(testKey, "other")
+	g.reserve(testPlace, "other")
 	got, err := Once(t.Context(), patience, g, Send[string]{
 		Key: testKey,
 		Find: func() (string, error) {
-			g.release(testKey, "other")
+			g.release(testPlace, "other")
 			return "", ErrNotCommitted
 		},
 		Place: func() (string, error) { return "placed", nil },

@@ -27,7 +27,7 @@ var calling = gather.Limits{Batch: 512, UnderWay: 2, Waiting: 8192, Wait: redisT
 // call is one run of a script for one key.
 type call struct {
 	script *redis.Script
-	key    Key
+	place  string
 	args   []any
 }
 
@@ -37,8 +37,8 @@ type reply struct {
 	err  error
 }
 
-func (g *Guard) reserve(key Key, token string) state {
-	r, err := g.calls.Do(call{lua.Reserve, key, []any{token, reservationLasts.Milliseconds()}})
+func (g *Guard) reserve(place, token string) state {
+	r, err := g.calls.Do(call{lua.Reserve, place, []any{token, reservationLasts.Milliseconds()}})
 	if err != nil || r.err != nil {
 		return unknown
 	}
@@ -52,13 +52,13 @@ func (g *Guard) reserve(key Key, token string) state {
 
 // completion tells that a send of the key was committed. Nobody has to wait for it: until then, or should it fail, a send that
 // finds the reservation looks in PostgreSQL.
-func (g *Guard) completion(key Key, token string) call {
-	return call{lua.Complete, key, []any{token, g.retention.Milliseconds()}}
+func (g *Guard) completion(place, token string) call {
+	return call{lua.Complete, place, []any{token, g.retention.Milliseconds()}}
 }
 
 // release gives the reservation back. When it fails, the reservation expires by itself.
-func (g *Guard) release(key Key, token string) {
-	_, _ = g.calls.Do(call{lua.Release, key, []any{token}})
+func (g *Guard) release(place, token string) {
+	_, _ = g.calls.Do(call{lua.Release, place, []any{token}})
 }
 
 // exchange runs a batch of calls in one pipeline. Without Redis all of them fail; else each has a reply of its own.
@@ -90,15 +90,15 @@ func (g *Guard) pipeline(ctx context.Context, calls []call,
 	cmds := make([]*redis.Cmd, len(calls))
 	_, err := g.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for i, c := range calls {
-			cmds[i] = eval(c.script, ctx, p, []string{place(c.key)}, c.args...)
+			cmds[i] = eval(c.script, ctx, p, []string{c.place}, c.args...)
 		}
 		return nil
 	})
 	return cmds, err
 }
 
-// place is where a key stands in Redis.
-func place(k Key) string {
+// placeOf returns where a key stands in Redis.
+func placeOf(k Key) string {
 	digest := k.Digest()
 	return "idempotency:" + base64.RawURLEncoding.EncodeToString(digest[:])
 }

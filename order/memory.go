@@ -48,5 +48,5 @@ func (m memory) recall(send Send) Result {
 	if !ok || time.Until(holder.expiresAt) <= remembersShort {
 		return Result{Err: idempotency.ErrNotCommitted}
 	}
-	return holder.judge(send, uuid.Nil)
+	return holder.judge(send.Draft.Fingerprint(), uuid.Nil)
 }

@@ -43,7 +43,9 @@ type Draft struct {
 // Fingerprint is the same for two drafts if and only if they ask for the same.
 func (d Draft) Fingerprint() idempotency.Fingerprint {
 	// The amount has only digits, so the first U+0000s end the parts however the user id goes on.
-	return sha256.Sum256([]byte("order.v1\x00" + strconv.FormatInt(d.Amount, 10) + "\x00" + d.UserID))
+	parts := make([]byte, 0, 512) // does not escape
+	parts = strconv.AppendInt(append(parts, "order.v1\x00"...), d.Amount, 10)
+	return sha256.Sum256(append(append(parts, 0), d.UserID...))
 }
 
 // Order is a placed order.

@@ -95,14 +95,14 @@ func (s *Store) Recall(send Send) (Placement, error) {
 func (s *Store) findAll(sends []Send) []Result {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	digests := digestsOf(sends)
+	digests, fingerprints := hashes(sends)
 	holders, err := find(ctx, db.New(s.pool), digests)
 	absent := idempotency.ErrNotCommitted
 	if err != nil {
 		absent = fmt.Errorf("find idempotency keys: %w: %w", ErrUnavailable, err)
 	}
 	s.memory.learn(holders)
-	return judgeAll(sends, digests, make([]uuid.UUID, len(sends)), holders, absent)
+	return judgeAll(digests, fingerprints, make([]uuid.UUID, len(sends)), holders, absent)
 }
 
 // Get returns the caller's order, or ErrNotFound, or an error that wraps ErrUnavailable.
@@ -175,22 +175,23 @@ func passing(refused *pgconn.PgError) bool { return refused.Code == "40001" || r
 // placeBatch places a batch of sends in one transaction and returns a result for each, in their order, and what
 // PostgreSQL refused the batch for, if it did.
 func (s *Store) placeBatch(ctx context.Context, sends []Send) ([]Result, *pgconn.PgError) {
-	ids, digests := newIDs(len(sends)), digestsOf(sends)
+	ids := newIDs(len(sends))
+	digests, fingerprints := hashes(sends)
 	firsts := firstOfEach(digests)
 	var holders map[uuid.UUID]holding
 	asked := false
 	err := s.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) (err error) {
 		asked = true
-		holders, err = s.write(ctx, db.New(conn), sends, digests, ids, firsts)
+		holders, err = s.write(ctx, db.New(conn), sends, digests, fingerprints, ids, firsts)
 		return err
 	})
 	refused := refusal(err)
 	switch {
 	case err == nil:
 	case asked && refused != nil && wrong(refused):
-		return judgeAll(sends, digests, ids, nil, fmt.Errorf("place orders: %w", err)), refused
+		return judgeAll(digests, fingerprints, ids, nil, fmt.Errorf("place orders: %w", err)), refused
 	case !asked, refused != nil, pgconn.SafeToRetry(err):
-		return judgeAll(sends, digests, ids, nil, fmt.Errorf("place orders: %w: %w", ErrUnavailable, err)), refused
+		return judgeAll(digests, fingerprints, ids, nil, fmt.Errorf("place orders: %w: %w", ErrUnavailable, err)), refused
 	}
 	var absent error
 	if err == nil {
@@ -201,7 +202,7 @@ func (s *Store) placeBatch(ctx context.Context, sends []Send) ([]Result, *pgconn
 		absent = errors.Join(idempotency.ErrOutcomeUnknown, err, lookUpErr)
 	}
 	s.memory.learn(holders)
-	results := judgeAll(sends, digests, ids, holders, absent)
+	results := judgeAll(digests, fingerprints, ids, holders, absent)
 	if slices.ContainsFunc(results, func(r Result) bool { return r.Err == nil && !r.Placement.Replayed }) {
 		s.committed()
 	}
@@ -232,7 +233,8 @@ func firstOfEach(digests []uuid.UUID) []int {
 
 // write writes the keys, orders and outbox events of the sends at firsts in one statement, which is a transaction of its
 // own, and returns the keys that were free. ids are the ids that the orders get.
-func (s *Store) write(ctx context.Context, q *db.Queries, sends []Send, digests, ids []uuid.UUID, firsts []int) (map[uuid.UUID]holding, error) {
+func (s *Store) write(ctx context.Context, q *db.Queries, sends []Send, digests []uuid.UUID,
+	fingerprints []idempotency.Fingerprint, ids []uuid.UUID, firsts []int) (map[uuid.UUID]holding, error) {
 	now := time.Now().UTC().Truncate(time.Microsecond) // what PostgreSQL keeps
 	p := db.PlaceOrdersParams{
 		EventType: string(api.OrderCreatedV1TypeOrderCreated), Source: string(api.OrderCreatedV1SourceOrders),
@@ -240,7 +242,7 @@ func (s *Store) write(ctx context.Context, q *db.Queries, sends []Send, digests,
 	}
 	byID := make(map[uuid.UUID]int, len(firsts)) // where an order stands in p
 	for n, i := range firsts {
-		send, fingerprint := sends[i], sends[i].Draft.Fingerprint()
+		send := sends[i]
 		event := CreatedEvent(newID(), Order{ID: ids[i], UserID: send.Draft.UserID, Amount: send.Draft.Amount, CreatedAt: now}, send.Traceparent)
 		data, err := payload(event)
 		if err != nil {
@@ -250,7 +252,7 @@ func (s *Store) write(ctx context.Context, q *db.Queries, sends []Send, digests,
 		p.Callers = append(p.Callers, send.Key.Caller)
 		p.Operations = append(p.Operations, send.Key.Operation)
 		p.Keys = append(p.Keys, send.Key.Value)
-		p.Fingerprints = append(p.Fingerprints, fingerprint[:])
+		p.Fingerprints = append(p.Fingerprints, fingerprints[i][:])
 		p.OrderIds = append(p.OrderIds, ids[i])
 		p.UserIds = append(p.UserIds, send.Draft.UserID)
 		p.Amounts = append(p.Amounts, send.Draft.Amount)
@@ -317,11 +319,11 @@ func (s *Store) lookUp(ctx context.Context, digests []uuid.UUID) (map[uuid.UUID]
 }
 
 // judgeAll gives each send its result: the order under its key, a mismatch, or the error absent when nobody holds the key.
-func judgeAll(sends []Send, digests, ids []uuid.UUID, holders map[uuid.UUID]holding, absent error) []Result {
-	results := make([]Result, len(sends))
-	for i, send := range sends {
-		if holder, ok := holders[digests[i]]; ok {
-			results[i] = holder.judge(send, ids[i])
+func judgeAll(digests []uuid.UUID, fingerprints []idempotency.Fingerprint, ids []uuid.UUID, holders map[uuid.UUID]holding, absent error) []Result {
+	results := make([]Result, len(digests))
+	for i, digest := range digests {
+		if holder, ok := holders[digest]; ok {
+			results[i] = holder.judge(fingerprints[i], ids[i])
 		} else {
 			results[i] = Result{Err: absent}
 		}
@@ -329,23 +331,24 @@ func judgeAll(sends []Send, digests, ids []uuid.UUID, holders map[uuid.UUID]hold
 	return results
 }
 
-// judge gives a send of a key that is held its result. The send placed the order itself if the order has the id it would
+// judge gives a send of a key that is held, with this fingerprint, its result. The send placed the order itself if the order has the id it would
 // have got.
-func (holder holding) judge(send Send, id uuid.UUID) Result {
+func (holder holding) judge(fingerprint idempotency.Fingerprint, id uuid.UUID) Result {
 	switch {
-	case holder.fingerprint != send.Draft.Fingerprint():
+	case holder.fingerprint != fingerprint:
 		return Result{Err: idempotency.ErrMismatch}
 	default:
 		return Result{Placement: Placement{holder.orderID, holder.expiresAt, holder.orderID != id}}
 	}
 }
 
-func digestsOf(sends []Send) []uuid.UUID {
-	digests := make([]uuid.UUID, len(sends))
+// hashes returns the digest of each send's key, and the fingerprint of its draft.
+func hashes(sends []Send) ([]uuid.UUID, []idempotency.Fingerprint) {
+	digests, fingerprints := make([]uuid.UUID, len(sends)), make([]idempotency.Fingerprint, len(sends))
 	for i, send := range sends {
-		digests[i] = send.Key.Digest()
+		digests[i], fingerprints[i] = send.Key.Digest(), send.Draft.Fingerprint()
 	}
-	return digests
+	return digests, fingerprints
 }
 
 // newIDs returns n UUIDv7s: unique, and near each other in an index when made at about the same time.

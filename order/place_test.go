@@ -37,7 +37,8 @@ func send(key string, amount int64) Send {
 // write places a send in a transaction of the test's.
 func write(t *testing.T, s *Store, tx pgx.Tx, send Send) error {
 	t.Helper()
-	_, err := s.write(t.Context(), db.New(tx), []Send{send}, []uuid.UUID{send.Key.Digest()}, newIDs(1), []int{0})
+	digests, fingerprints := hashes([]Send{send})
+	_, err := s.write(t.Context(), db.New(tx), []Send{send}, digests, fingerprints, newIDs(1), []int{0})
 	return err
 }
 

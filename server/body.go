@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"unicode/utf8"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -120,14 +121,19 @@ func parseOrderRequest(body []byte) (api.OrderRequest, error) {
 
 type member struct {
 	name  string
-	value jsontext.Value
+	value jsontext.Value // a part of the body
 }
+
+// decoders keep what they have allocated from one body to the next.
+var decoders = sync.Pool{New: func() any { return new(jsontext.Decoder) }}
 
 // members returns the members of the one JSON object that body must be (RFC 8259, in UTF-8, no name twice), up to where
 // it is broken.
 func members(body []byte) (found []member, broken *api.ProblemMember) {
 	whole := func(reason string) *api.ProblemMember { return &api.ProblemMember{Pointer: "#", Detail: reason} }
-	d := jsontext.NewDecoder(bytes.NewReader(body))
+	d := decoders.Get().(*jsontext.Decoder)
+	defer decoders.Put(d)
+	d.Reset(bytes.NewBuffer(body)) // which it reads in place
 	if d.PeekKind() != '{' {
 		if err := d.SkipValue(); err != nil {
 			return nil, whole("is not JSON")
@@ -147,7 +153,8 @@ func members(body []byte) (found []member, broken *api.ProblemMember) {
 		if err != nil {
 			return found, broke(err)
 		}
-		found = append(found, member{key, value.Clone()})
+		end := d.InputOffset()
+		found = append(found, member{key, body[end-int64(len(value)) : end]})
 	}
 	if _, err := d.ReadToken(); err != nil {
 		return found, whole("is not JSON")

@@ -3,6 +3,8 @@ package server
 import (
 	"context"
 	"errors"
+	"io"
+	"net/http"
 	"time"
 
 	"idempotent-orders/gen/api"
@@ -52,25 +54,45 @@ func (s *Server) patience(prefer *string) (context.Context, context.CancelFunc) 
 	if prefer != nil {
 		wait = preferredWait(*prefer)
 	}
+	if wait == 0 { // as nearly always
+		return none, func() {}
+	}
 	return context.WithTimeout(s.stopping, wait)
 }
+
+// none is the patience of a request that does not wait.
+var none = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
 
 // answerTo is the same for every send of a placement, but for the mark of a replay.
 func answerTo(placed order.Placement, err error) (api.PlaceOrderResponseObject, error) {
 	if err != nil {
 		return nil, err
 	}
-	answer := api.PlaceOrder200JSONResponse{
-		Body: api.OrderPlaced{Status: api.OrderPlacedStatusSuccess, OrderId: placed.OrderID},
-		Headers: api.PlaceOrder200ResponseHeaders{
-			Location:           "/orders/" + placed.OrderID.String(),
-			IdempotencyExpires: placed.ExpiresAt.Format(time.RFC3339),
-		},
+	return placedResponse(placed), nil
+}
+
+// placedResponse writes what api.PlaceOrder200JSONResponse would, byte for byte, in a fraction of its time: most of what a
+// replay costs here is its answer.
+type placedResponse order.Placement
+
+var applicationJSON, replayed = []string{"application/json"}, []string{"true"}
+
+// VisitPlaceOrderResponse writes the answer.
+func (p placedResponse) VisitPlaceOrderResponse(w http.ResponseWriter) error {
+	location := "/orders/" + p.OrderID.String()
+	h := w.Header()
+	h["Content-Type"] = applicationJSON
+	h["Idempotency-Expires"] = []string{p.ExpiresAt.Format(time.RFC3339)}
+	if p.Replayed {
+		h["Idempotency-Replayed"] = replayed
 	}
-	if placed.Replayed {
-		answer.Headers.IdempotencyReplayed = &placed.Replayed
-	}
-	return answer, nil
+	h["Location"] = []string{location}
+	_, err := io.WriteString(w, `{"status":"success","order_id":"`+location[len("/orders/"):]+"\"}\n")
+	return err
 }
 
 // GetOrder returns an order of the caller.

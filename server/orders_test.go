@@ -1,14 +1,22 @@
 package server
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"net/http"
+	"net/http/httptest"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/uuid"
+
+	"idempotent-orders/gen/api"
+	"idempotent-orders/order"
 )
 
 func TestASecondSendGetsTheFirstAnswer(t *testing.T) {
@@ -454,6 +462,28 @@ func TestPreferIsReadAsRFC7240Says(t *testing.T) {
 	} {
 		if got := preferredWait(prefer); got != want {
 			t.Errorf("Prefer: %s waits %s; want %s", prefer, got, want)
+		}
+	}
+}
+
+func TestThePlacedAnswerIsWhatTheGeneratedCodeWouldWrite(t *testing.T) {
+	for _, replayed := range []bool{false, true} {
+		placed := order.Placement{OrderID: uuid.New(), ExpiresAt: time.Now().UTC(), Replayed: replayed}
+		generated := api.PlaceOrder200JSONResponse{
+			Body: api.OrderPlaced{Status: api.OrderPlacedStatusSuccess, OrderId: placed.OrderID},
+			Headers: api.PlaceOrder200ResponseHeaders{
+				Location: "/orders/" + placed.OrderID.String(), IdempotencyExpires: placed.ExpiresAt.Format(time.RFC3339),
+			},
+		}
+		if replayed {
+			generated.Headers.IdempotencyReplayed = &replayed
+		}
+		want, got := httptest.NewRecorder(), httptest.NewRecorder()
+		if err := errors.Join(generated.VisitPlaceOrderResponse(want), placedResponse(placed).VisitPlaceOrderResponse(got)); err != nil {
+			t.Fatal(err)
+		}
+		if got.Code != want.Code || got.Body.String() != want.Body.String() || !reflect.DeepEqual(got.Header(), want.Header()) {
+			t.Errorf("got %d %v %s, want %d %v %s", got.Code, got.Header(), got.Body, want.Code, want.Header(), want.Body)
 		}
 	}
 }
