@@ -178,11 +178,20 @@ func newServer(cfg config.Config, stores *stores, admission *server.Admission, c
 		Orders:    order.NewStore(stores.pool, cfg.IdempotencyRetention, committed),
 		Guard:     idempotency.NewGuard(stores.redis, cfg.IdempotencyRetention, log),
 		Admission: admission,
+		Callers:   callers(cfg),
 		Pool:      stores.pool,
 		Redis:     stores.redis,
 		Contract:  contract,
 		Log:       log,
 	})
+}
+
+func callers(cfg config.Config) []server.Caller {
+	var callers []server.Caller
+	for _, key := range cfg.APIKeys {
+		callers = append(callers, server.Caller(key))
+	}
+	return callers
 }
 
 // eventBroker returns the two ends of the broker that EVENT_BROKER names: where the relay publishes, and where the consumer

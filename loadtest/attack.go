@@ -44,7 +44,7 @@ func newAttack(o options) attack {
 
 // run attacks, and shows and writes what it measured. It fails unless every send succeeded, at the rate asked for.
 func (a attack) run(ctx context.Context, stdout, stderr io.Writer) error {
-	client, err := newClient(a.url, requestTimeout)
+	client, err := newClient(a.options, requestTimeout)
 	if err != nil {
 		return err
 	}
@@ -70,7 +70,7 @@ func (a attack) run(ctx context.Context, stdout, stderr io.Writer) error {
 
 // measure attacks until the time is over or ctx ends, and returns what it measured.
 func (a attack) measure(ctx context.Context, progress *progress) (*result, error) {
-	orders, err := newSource(a.url, a.duplicates)
+	orders, err := newSource(a.options)
 	if err != nil {
 		return nil, err
 	}

@@ -59,6 +59,28 @@ func serveOrders(t *testing.T) (url string, pool *pgxpool.Pool) {
 	return "http://" + listener.Addr().String(), pool
 }
 
+// Not parallel, because the key is in the environment.
+func TestEveryModeSendsTheAPIKey(t *testing.T) {
+	t.Setenv("LOADTEST_API_KEY", "a-token")
+	s := newService(t, func(w http.ResponseWriter, r *http.Request, _ int) {
+		if r.Header.Get("Authorization") != "Bearer a-token" {
+			refuse(w, 401, "{}")
+			return
+		}
+		succeed(w)
+	})
+	if stdout, stderr, err := load(t, "--url", s.URL, "--orders", "3"); err != nil {
+		t.Errorf("at once: %v\n%s%s", err, stdout, stderr)
+	}
+	if stdout, stderr, err := attackWith(t, nil, "--url", s.URL, "--rate", "50", "--duration", "100ms"); err != nil {
+		t.Errorf("at a rate: %v\n%s%s", err, stdout, stderr)
+	}
+	stdout, _, err := load(t, "targets", "--url", s.URL, "--orders", "1")
+	if err != nil || !strings.Contains(stdout, `"Authorization":["Bearer a-token"]`) {
+		t.Errorf("targets: %v\n%s", err, stdout)
+	}
+}
+
 // attackWith attacks as the command line asks, but however low the rate: how fast this machine is, is no test's business.
 func attackWith(t *testing.T, change func(*attack), args ...string) (stdout, stderr string, err error) {
 	t.Helper()

@@ -55,6 +55,9 @@ With targets it prints orders in vegeta's JSON format, one per line; endless wit
 
   --help           show this
 
+LOADTEST_API_KEY in the environment is the API key to send, where the service wants one: an option would show it in ps. It is part
+of what targets prints.
+
 A success is a 200 with an order id. The exit code is 0 when every order succeeded, 1 when one did not, 2 when the command
 line is wrong. An attack also fails when less than %[11]d%% of --rate was sent. Ctrl-C stops, and shows the summary of what was
 answered.
@@ -135,11 +138,12 @@ type options struct {
 	connections int
 	duplicates  share
 	html, json  string // files, or empty
+	apiKey      string // empty: none is sent
 }
 
 // parse reads the command line. Its errors are errUsage, or flag.ErrHelp when help is asked for.
 func parse(args []string) (options, error) {
-	var o options
+	o := options{apiKey: os.Getenv("LOADTEST_API_KEY")}
 	if len(args) > 0 && args[0] == "targets" {
 		o.mode, args = targets, args[1:]
 	}

@@ -249,7 +249,7 @@ func TestWhatIsNotASuccessIsShownAndCounted(t *testing.T) {
 func TestGivesUpARequestAfterItsTime(t *testing.T) {
 	t.Parallel()
 	s := newService(t, func(_ http.ResponseWriter, r *http.Request, _ int) { <-r.Context().Done() })
-	client, err := newClient(s.URL, 20*time.Millisecond)
+	client, err := newClient(options{url: s.URL}, 20*time.Millisecond)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -25,7 +25,7 @@ const (
 // placeAtOnce is the plain run: it places the orders, and shows the answers and the summary. It fails unless every order
 // succeeded.
 func placeAtOnce(ctx context.Context, o options, stdout io.Writer) error {
-	client, err := newClient(o.url, requestTimeout)
+	client, err := newClient(o, requestTimeout)
 	if err != nil {
 		return err
 	}
@@ -50,10 +50,19 @@ func placeAtOnce(ctx context.Context, o options, stdout io.Writer) error {
 }
 
 // newClient returns a generated client that keeps its connections, and gives up a request after the timeout.
-func newClient(url string, timeout time.Duration) (*api.ClientWithResponses, error) {
+func newClient(o options, timeout time.Duration) (*api.ClientWithResponses, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConns, transport.MaxIdleConnsPerHost = maxInFlight, maxInFlight
-	return api.NewClientWithResponses(url, api.WithHTTPClient(&http.Client{Transport: transport, Timeout: timeout}))
+	return api.NewClientWithResponses(o.url, api.WithHTTPClient(&http.Client{Transport: transport, Timeout: timeout}),
+		api.WithRequestEditorFn(o.authorize))
+}
+
+// authorize puts the API key on a request, if there is one. It is an api.RequestEditorFn.
+func (o options) authorize(_ context.Context, r *http.Request) error {
+	if o.apiKey != "" {
+		r.Header.Set("Authorization", "Bearer "+o.apiKey)
+	}
+	return nil
 }
 
 // reach fails when nothing answers at the URL. Any answer will do.

@@ -47,18 +47,21 @@ type source struct {
 	recent         []send     // the last orders made, a ring
 }
 
-// newSource returns a source of orders for the service at a URL, of which a share are repeats. Method, address and headers are
-// those of the generated client, so that they follow the contract.
-func newSource(url string, duplicates share) (*source, error) {
+// newSource returns a source of the orders that the options ask for. Method, address and headers are those of the generated client,
+// so that they follow the contract.
+func newSource(o options) (*source, error) {
 	params := &api.PlaceOrderParams{}
-	if duplicates > 0 {
+	if o.duplicates > 0 {
 		params.Prefer = new(preferWait)
 	}
-	r, err := api.NewPlaceOrderRequest(strings.TrimSuffix(url, "/")+"/", params, api.OrderRequest{})
+	r, err := api.NewPlaceOrderRequest(strings.TrimSuffix(o.url, "/")+"/", params, api.OrderRequest{})
 	if err != nil {
 		return nil, err
 	}
-	return &source{method: r.Method, url: r.URL.String(), header: r.Header, duplicates: float64(duplicates)}, nil
+	if err := o.authorize(context.Background(), r); err != nil {
+		return nil, err
+	}
+	return &source{method: r.Method, url: r.URL.String(), header: r.Header, duplicates: float64(o.duplicates)}, nil
 }
 
 // next is a vegeta.Targeter: it makes the next send.
@@ -109,7 +112,7 @@ func writeTargets(ctx context.Context, o options, stdout io.Writer) error {
 	caught := make(chan os.Signal, 1)
 	signal.Notify(caught, syscall.SIGPIPE) // so that a reader that has gone is an error, not the end
 	defer signal.Stop(caught)
-	s, err := newSource(o.url, o.duplicates)
+	s, err := newSource(o)
 	if err != nil {
 		return err
 	}

@@ -12,17 +12,18 @@ import (
 	"idempotent-orders/order"
 )
 
-// anonymous is the caller of every request while no API keys are configured.
-const anonymous = "anonymous"
-
 // PlaceOrder places an order, or repeats the answer to an earlier send of the same. The body has every member.
 func (s *Server) PlaceOrder(ctx context.Context, request api.PlaceOrderRequestObject) (api.PlaceOrderResponseObject, error) {
+	caller, err := s.caller(ctx)
+	if err != nil {
+		return nil, err
+	}
 	key, err := idempotency.ParseKey(request.Params.IdempotencyKey)
 	if err != nil {
 		return nil, err
 	}
 	send := order.Send{
-		Key:   idempotency.Key{Caller: anonymous, Operation: order.Operation, Value: key},
+		Key:   idempotency.Key{Caller: caller, Operation: order.Operation, Value: key},
 		Draft: order.Draft{UserID: *request.Body.UserId, Amount: *request.Body.Amount},
 	}
 	if request.Params.Traceparent != nil {
@@ -97,7 +98,11 @@ func (p placedResponse) VisitPlaceOrderResponse(w http.ResponseWriter) error {
 
 // GetOrder returns an order of the caller.
 func (s *Server) GetOrder(ctx context.Context, request api.GetOrderRequestObject) (api.GetOrderResponseObject, error) {
-	o, err := s.Orders.Get(ctx, anonymous, request.OrderId)
+	caller, err := s.caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	o, err := s.Orders.Get(ctx, caller, request.OrderId)
 	if err != nil {
 		return nil, err
 	}

@@ -27,6 +27,7 @@ type Config struct {
 	Orders    *order.Store
 	Guard     *idempotency.Guard
 	Admission *Admission            // nil: every order is admitted
+	Callers   []Caller              // who may use /orders, each with a name and a hash of its own; none: everyone is anonymous
 	Pool      *pgxpool.Pool         // for the readiness check
 	Redis     redis.UniversalClient // for the readiness check
 	Contract  []byte                // openapi.yaml
@@ -186,13 +187,21 @@ func (s *Server) tidied(next http.Handler) http.Handler {
 	})
 }
 
-// route hands the request to its operation. ServeMux would redirect a path that is not clean, which makes a GET of a POST.
+// route hands the request to its operation, if the caller may use it: before that, nothing of it is read. ServeMux would redirect a path that is not clean, which makes a GET of a POST.
 func (s *Server) route(w http.ResponseWriter, r *http.Request) {
 	if path.Clean(r.URL.Path) != r.URL.Path {
 		s.refuse(w, r, errNotFound)
 		return
 	}
-	s.mux.ServeHTTP(w, r)
+	known, err := s.authenticated(r)
+	if err != nil {
+		if r.ContentLength != 0 {
+			w.Header().Set("Connection", "close") // net/http would wait for the body, to use the connection again
+		}
+		s.refuse(w, r, err)
+		return
+	}
+	s.mux.ServeHTTP(w, known)
 }
 
 // refuseUnknown answers what no operation answers. ServeMux would do so in plain text.

@@ -1016,6 +1016,11 @@ type PlaceOrderResponse200Headers struct {
 	Location            string
 }
 
+// PlaceOrderResponse401Headers the declared response headers of an HTTP 401 response for PlaceOrder
+type PlaceOrderResponse401Headers struct {
+	WWWAuthenticate string
+}
+
 // PlaceOrderResponse409Headers the declared response headers of an HTTP 409 response for PlaceOrder
 type PlaceOrderResponse409Headers struct {
 	RetryAfter int
@@ -1056,6 +1061,8 @@ type PlaceOrderResponse struct {
 	ApplicationproblemJSON503 *Unavailable
 	// Headers200 the parsed response headers for an HTTP 200 response
 	Headers200 *PlaceOrderResponse200Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *PlaceOrderResponse401Headers
 	// Headers409 the parsed response headers for an HTTP 409 response
 	Headers409 *PlaceOrderResponse409Headers
 	// Headers429 the parsed response headers for an HTTP 429 response
@@ -1143,6 +1150,11 @@ func (r PlaceOrderResponse) ContentType() string {
 	return ""
 }
 
+// GetOrderResponse401Headers the declared response headers of an HTTP 401 response for GetOrder
+type GetOrderResponse401Headers struct {
+	WWWAuthenticate string
+}
+
 // GetOrderResponse429Headers the declared response headers of an HTTP 429 response for GetOrder
 type GetOrderResponse429Headers struct {
 	RetryAfter int
@@ -1168,6 +1180,8 @@ type GetOrderResponse struct {
 	ApplicationproblemJSON500 *InternalError
 	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
 	ApplicationproblemJSON503 *Unavailable
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *GetOrderResponse401Headers
 	// Headers429 the parsed response headers for an HTTP 429 response
 	Headers429 *GetOrderResponse429Headers
 	// Headers503 the parsed response headers for an HTTP 503 response
@@ -1591,6 +1605,16 @@ func ParsePlaceOrderResponse(rsp *http.Response) (*PlaceOrderResponse, error) {
 			headers.Location = value
 		}
 		response.Headers200 = &headers
+	case rsp.StatusCode == 401:
+		var headers PlaceOrderResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = value
+		}
+		response.Headers401 = &headers
 	case rsp.StatusCode == 409:
 		var headers PlaceOrderResponse409Headers
 		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
@@ -1685,6 +1709,16 @@ func ParseGetOrderResponse(rsp *http.Response) (*GetOrderResponse, error) {
 	}
 
 	switch {
+	case rsp.StatusCode == 401:
+		var headers GetOrderResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = value
+		}
+		response.Headers401 = &headers
 	case rsp.StatusCode == 429:
 		var headers GetOrderResponse429Headers
 		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
@@ -2148,7 +2182,14 @@ type TooManyRequestsApplicationProblemPlusJSONResponse struct {
 	Headers TooManyRequestsResponseHeaders
 }
 
-type UnauthorizedApplicationProblemPlusJSONResponse Problem
+type UnauthorizedResponseHeaders struct {
+	WWWAuthenticate string
+}
+type UnauthorizedApplicationProblemPlusJSONResponse struct {
+	Body Problem
+
+	Headers UnauthorizedResponseHeaders
+}
 
 type UnavailableResponseHeaders struct {
 	RetryAfter int
@@ -2269,10 +2310,11 @@ type PlaceOrder401ApplicationProblemPlusJSONResponse struct {
 func (response PlaceOrder401ApplicationProblemPlusJSONResponse) VisitPlaceOrderResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
-	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/problem+json")
+	w.Header().Set("WWW-Authenticate", fmt.Sprint(response.Headers.WWWAuthenticate))
 	w.WriteHeader(401)
 	_, err := buf.WriteTo(w)
 	return err
@@ -2422,10 +2464,11 @@ type GetOrder401ApplicationProblemPlusJSONResponse struct {
 func (response GetOrder401ApplicationProblemPlusJSONResponse) VisitGetOrderResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
-	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/problem+json")
+	w.Header().Set("WWW-Authenticate", fmt.Sprint(response.Headers.WWWAuthenticate))
 	w.WriteHeader(401)
 	_, err := buf.WriteTo(w)
 	return err
@@ -2805,60 +2848,62 @@ func (sh *strictHandler) GetReadiness(w http.ResponseWriter, r *http.Request) {
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"1Fprc9s2s/4rGLYzbU5Jibrakud8yKXt+DQXH8dpZ06clhC5klCTAAOAktWM/vuZBUCKkihZaRO/03yJ",
-	"JQHEXp7dfXbBT14sslxw4Fp540/eHGgC0vx5DVqugqdTDRI/JqBiyXLNBPfG3luIBU8U0YIsKdNkAlMh",
-	"gSjgCeMzQmeU8ZbnexI+FkxC4o21LMD3VDyHjOLzMsZZVmTeuON7epWDN/YY1zAD6a3Xa9/LqaQZaCfM",
-	"ZQJZLjTwePULrPbluZkDiWmagvxOEU4zIFMhiZ4zRYRMQI5JB2XtDgZkwRSbpECevn1+eUniOZU0xmN8",
-	"MqESiJCEKkLJx0JoSIjSsoh1ISEJpgxS8wXjs1v+/fVPz8loOOg8uSAToed4YObO1nMgCv+4g1WLPMX/",
-	"yARSwWfGYroSllCemI8iB0lRl9Yt93wP7mmWp2iTcwh7o7NzCPphMgj6vSQJJvGoFwzPR306OJuOet2+",
-	"53sMjWCd5/keCuGN60YL0GoPuOMl8Jme1x1idfXQHVcSpk1AiND9//06IsYeZ91++GRMlnOWAqGcAJUp",
-	"A2lwQcTUqIrGYIoUPAFJlnTlWwQVOZrmNVEWWT6hmmRCadIJfeNMptUtp1wtQRLGlQZqHhn1w1HUIm/0",
-	"HCTJjZTAY1AEnclmXEhIdo1qZB4cMptTtW6dfXvcSBpDTiVwvW+U33rPiVlAnguu4V5fkJhKySAhgpcI",
-	"MLj8ThFYANct8pQTxhc0ZbgG0EKl8Fuih2EQ0unZcNAZdYZxgoA47/fPYdLtdOLzsNcZxcHkjCbDyVln",
-	"OOqGvV6vE4SdQ7rqmhrHFF4jdlQuuAITj89ocg0fC1BG+xi1tIageZ6y2EC5nUsxSSH74U+FVvlUe/y3",
-	"Eqbe2Pumvck+bfural/ZXfbQHbCxGqLvYBVkTCnGZ5FP9n5yxowwoCP3IZBW5qjlrX3vmUhWN0K8pHIG",
-	"j6rFRCSrQAsRpHh0NCZiAZIM++QX9sxItp3trqFQGLL/QTtLI0I0rgKYphJosjLpThHKhQk/Z16rA9cg",
-	"OU1/lFLIxxXenRwAHh2NCSVTWqQas4UopGoRrBai0LHIwKaiOy6W/GK7fJEl0/OtVI5rFZ2C0e+10D+J",
-	"gj+uX7jQwRRPta6QRnwuOPjEZEj8WDqjLIdGWhesl/xKipkEpR5VbIeLgPEgd+c7LE2ZVLpWHpiqDK1Z",
-	"mm6qBGbBw+SkSTC3ul1faoS7EeIV5Stnkse1BEZ9RvmqzESqjH5dJzCSaviCCr/jtNBzIdlfj5xGitrB",
-	"0Rg9a8tyLPiUzZBU+RUDmgCVaAdxBxz971I74nopBZ8ZGL/jdEFZSicpPLYi5bnRmFwJpWcS3v7vSxJT",
-	"zoUmiq5a5O3D2YOmS7oqk8gX9K8q8lxIDckrSBi9McX7Uc1TCRBkKEGA/MGFOFY7m6Y0iepy4PlYidcl",
-	"8TCGeMkWwF2CyiXyYs0s51Ca6sL8BRwbh/ceTdkCvA9NfHXDdN+XGzfrxORPiDUC6g2SsP2jaCaKJmJ3",
-	"iSTNNCkkY1xIUnCmFboS2T/VtokZIiPf6Wl87z4Q9rDe2vdiCVRD8gc1h1SbE6oh0CwDb1en2v7B2vfM",
-	"n3+wZGt3UbDk2MYOWnrPiE6UfTPWdvbXvleo6sSD67q7pq/k3Oz3S+tWwmyZ46CXnts1v3aauz9Do0lk",
-	"Dmy557UWncgnlDxPRZH8iAsU6bTCknJfaqI0xTaWcQPVa0hM5ZFAM/co1TKLVWQDWnC45bYRxJ4EaDwn",
-	"VGvJJoWGCxIlVNMI0f4/b9+8bpEXgAiVNvY1SYEqTQSPYYw5UBUZSEUSSIocyGSFJDayvco2HPGpD8Xn",
-	"to1e4A4MVKqpSwPaZYUqeHZCsRkAuDpYUGmIHm5DxXBp5fOzte9ZWGw75Sl59+7yxeLMxyD5WNiOHBYg",
-	"t8LlIcx2EbOikPGW7G3rG5Rj8yTJgqr9807S5U31lK3gVDnEC5CK2fxYHtpphSfa6NfO1jNN3BUWzY3Y",
-	"LVtBlnyWbTARmGTx2SlkiDuPdbAo1V4XW3bwjrv4ZDnHWq3JnNqm9ft6oCVMubhICJ6FpRHuNXC065PW",
-	"MfHO1+WPG+vvBvaJrqiHxZZT+ntVouZ1g+gKeO6gjROd2ffDy35zQg574SL6X1R2+v+k7HyF4nFKzbhK",
-	"aWw577ah/5Ye3cbyqYo4Rrry4agFmhlJzaAHVaiNWWiSMEQETa9q2kxpqmCXkv02p7YZVHdgSlWLvIJs",
-	"guUGeRiGR0KwgfSJhNwYkmRuATJy20KqHNKU8Zll7RKmhbLzqMOwNZ22N+6EYeifhGLyfYzp4ombgNnf",
-	"5xTlJFNJY9xsROKCwL2teo3Iz+i9GyiHtX/+sUHzjnNrIK0UMV8G/cHQ2zexsIlb+Xa4POzXpsmYK99x",
-	"FosELsi7H1CUslmYAFFaSEiMWkzVDZvR+3IMO+z7O1PZnGoNEs/+/f3vt7cFPvTDf33rPYS8PWCVXH4v",
-	"0ZiZdn9wtu/jBDRlacOoE4G2pMo2aWXXY5Rys6AHUooZ0qj9B//UNLfzLeOySCW6PLtmQKYhUyf2MjYi",
-	"vI2FqJR0tVsnGUeSaPnHfpFkm8FFVRapwqK4TS1TMWs9VMs3yeV4FtdM2/73aKoqC+guK5OQUs0WJp4t",
-	"WfJJVDaFqv0Jc8M68q11FcgFKEJJTmdA6EQU2qjjlm/TlQcJ2KF06Gqn1avWFjjQ1Xzw4TCanTf3cv0G",
-	"uUfNlQszN2z2sgWcb2+GkAGTK7vcXnsMR2HnCXqaknfXl5i2ZhlwfUGib0wzULXBZv9yLlLYnup/067K",
-	"2ulWKyWu7NRknGugCWvup3M7xlAf0y2edXe0lHWNEAlriNio4BLD00xJSEbvzGRYLTEbqlQs0YAcG4By",
-	"oOPXD/W92vajIvQa67CZR//NKlyzRKndvi3XJhdMRUNMcVsI0NW5YRymx/PJXCyNvmKqLVHG7tK0ntHV",
-	"m7c3xLUxEXFSob1ItHNtF12YrmlVv0S75Waq5DJOw6xpBlptvrFe8MlUioxQvrJhLbEz0yythvpwn6MQ",
-	"rVt+y83Y3tb96NDwyF36YcGw5dvkcjPrMWpLsHEDyXgjy0GZb3lGV+WEbGLukrW7SDYtccpi4MqkNHd5",
-	"9eryxtukw82tiXZ12fO9qo3D7q0V4nKRA6c588ZerxW2ep6pq3ODpTZ263/hXzMwfKa6lr1MvLH3M+hq",
-	"OrVzH9YNwyMTt8+btFVnNIzaLhFDbmZWZBmVK/xSlTkZmSixUzHf03RmWqBKCeV9wI1tZ4HWimbpMWWx",
-	"7UM683nKlk89epnYcHvvDttV7gZLayLiIrN3lIe1kuUsFcO5OY+Xs0iRWx59gawSv/RJ9GkdVcNoQ3wh",
-	"CbDcOSpoY2EXxi3y25xp3IB9cnWbj6LccjGtOHUiDO/ODIPzXUAvaFoASYQJOc/fcYDpXex8cvttiPfN",
-	"8Nksae+8LbH2H9zh7rxPWFm/+F5/sAkVlH4mktUXi4CtxqcBL0/dqwG1K9OvFo31PvIAdG3yh3umtGoR",
-	"ZFh5SlemianwYmuN72gAx+aL2t4BP2zl/GuzHZJo54qgvuZHm6qbUY6dvEvtyzmL55tbW1eNTdru9Xqj",
-	"J9s0pBt2h0HYCcLuTWcwDvvjcPB/R98aOXGCMBPB/oS+SeV9fa4kYCFwZsLzIzd3QqXc6yC2hVX1N04E",
-	"NxRrLwlNhEiBciPBS2ERcWQoh9TYJpb2p7JXX0fbVisXhJ3zUUgHSUDj0TA4O+tPgkkcQzDphd1wNKLn",
-	"4eDsNGseZ9JrA8O+xXgTdKtYaNde0zBbOg9v2bosNJtGD2/av17GnZ3eCRLWX8IwmwanyNhw4YWbu92H",
-	"Nze+XGE2n6Do7t3x2vcGpzhi+20Is6t3ki+q687tqmgSEuLdoVQ4oJTF0Q22a4Wxht9jNf9AwTEvDyFP",
-	"2rw6VJvOnQLppuHa2haQr5m5j+bs1j+Iiv7Dm6pXRP5t6HopxB2husLXIWTtDA2O4aocOZ2CLPPfMVR9",
-	"Poo03Ov2XH82MzXjrdrAg2RAuR2RLs1PgiSi9TcQsWXvp3a8YiYucJ+nlHEzc3FnluORQ8zXtL71tmWn",
-	"hG5eV8gKZeaPVaNtNMnYTJpbFXcBamZZNr36VStnfdHao6k/g97MGL5iNG8OaY7oFYkpb30B8D8vUW+6",
-	"UNvPH7Q+7jS9tAVzIVNv7M21zsftdipims6F0uPz8Dw0ZNk95NNWDlWGdu9PP9H9YLE2xY8gcjs3Kjdv",
-	"JFl/WP9/AAAA//8=",
+	"3Frrcts4ln4VFHuqprNDStTNtuTaH07SPeWZXLyO06na2N2EyCMJbRJgAFCy2qV33zoASFESJSvpjrd2",
+	"8yeWBBDn8p3bBz56schywYFr5Y0evRnQBKT58xq0XAYXEw0SPyagYslyzQT3Rt4HiAVPFNGCLCjTZAwT",
+	"IYEo4AnjU0KnlPGW53sSvhRMQuKNtCzA91Q8g4zi8zLGWVZk3qjje3qZgzfyGNcwBemtVivfy6mkGWgn",
+	"zGUCWS408Hj5b1juynMzAxLTNAX5d0U4zYBMhCR6xhQRMgE5Ih2UtTsYkDlTbJwCufjw6vKSxDMqaYzH",
+	"+GRMJRAhCVWEki+F0JAQpWUR60JCEkwYpOYLxqe3/Mfrn1+R4cmg8+KcjIWe4YGZO1vPgCj84x6WLXKB",
+	"/5ExpIJPjcV0JSyhPDEfRQ6Soi6tW+75HjzQLE/RJmcQ9oanZxD0w2QQ9HtJEozjYS84ORv26eB0Mux1",
+	"+57vMTSCdZ7neyiEN6obLUCrPeGON8CnelZ3iNXVQ3dcSZg0ASFC9//nu4gYe5x2++GLEVnMWAqEcgJU",
+	"pgykwQURE6MqGoMpUvAEJFnQpW8RVORomndEWWT5hGqSCaVJJ/SNM5lWt5xytQBJGFcaqHlk1A+HUYu8",
+	"1zOQJDdSAo9BEXQmm3IhIdk2qpF5sM9sTtW6dXbtcSNpDDmVwPWuUT71XhGzgLwSXMODPicxlZJBQgQv",
+	"EWBw+XdFYA5ct8gFJ4zPacpwDaCFSuE3RA/DIKST05NBZ9g5iRMExFm/fwbjbqcTn4W9zjAOxqc0ORmf",
+	"dk6G3bDX63WCsLNPV11T45DCK8SOygVXYOLxJU2u4UsBymgfo5bWEDTPUxYbKLdzKcYpZP/4XaFVHmuP",
+	"/5uEiTfyfmivs0/b/qraV3aXPXQLbKyG6HtYBhlTivFp5JOdn5wxIwzoyH0IpJU5ankr33spkuWNEG+o",
+	"nMKzajEWyTLQQgQpHh2NiJiDJCd98m/20ki2me2uoVAYsv+LdpZGhGhUBTBNJdBkadKdIpQLE37OvFYH",
+	"rkFymv4kpZDPK7w7OQA8OhoRSia0SDVmC1FI1SJYLUShY5GBTUX3XCz4+Wb5IgumZxupHNcqOgGj3zuh",
+	"fxYFf16/cKGDCZ5qXSGN+Fxw8InJkPixdEZZDo20Llgv+ZUUUwlKPavYDhcB40HuzndYmjCpdK08MFUZ",
+	"WrM0XVcJzIL7m5Mmwdzqdn2pEe5GiLeUL51JntcSGPUZ5csyE6ky+nW9gZFUw1+o8EdOCz0Tkv3xzGmk",
+	"qB3sHK5AzlkMZEYVubi6RG9jrXdt0BioRGOIe+AIApffEdwLKfi0Rf5VJFNIyn6TpimBVG0b69OnT8FF",
+	"oWfANSoHDW3LS3NSdLhH3amC1phzylI6TuG5bVmeG43IlVB6KuHDf70hMeVcaKLoskU+PJ3AaLqgyzKP",
+	"/YUQU0WeC6kheQsJozfGcs9qnkqAIEMJAnSeAx0WXJspNYnqcuD52AysSq8bQ7xhc+AuR+YSW3PNbNuj",
+	"NNWF+Qs4zi6fPZqyOXh3TS3zGlefy43rdWL8O8QaU/N77AN3j6KZKJp6y0vsE82cRDLGhSQFZ1qhK3EA",
+	"odrOUSc4FGyNVb73EAh7WG/le7EEqiH5jZpDqs0J1RBoloG3rVNt/2Dle+bP31iysbsoWHJoYwctvWNE",
+	"J8quGWs7+yvfK1R14t513W3TV3Ku9/uldSthNsyx10uv7JpfOs0DqOnkSWQObLnnteadyCeUvEpFkfyE",
+	"CxTptMKy67/URGmKkzTjBqrXkJjiJ4Fm7lGqZRaryAa04HDL7SyKYxHQeEao1pKNCw3nJEqophGi/V8f",
+	"3r9rkdeACJU29jVJgSpNBI9hRGLBVZGBVCSBpMiBjJfYR0d2XNqEIz71qfjctNFr3IGBSjV1aUC7rFAF",
+	"z1YoNgMAVwdzKk2vidtQMVxa+fx05XsWFptOuSAfP16+np/6GCRfCksKwBzkRrg8hdkuYlYUMt6QvW19",
+	"g3KsnyRZUE2g3lG6vK+eshGcKod4DlIxmx/LQzut8Egb/dLZeKaJu8KiuRG75TTKkq+yDSYCkyy+OoWc",
+	"4M5DQzRKtTNIlySCa598sphhp6DJjNq5+cd6oCVMubhICJ6FpREeNHC064vWIfHOVuWPa+tvB/aRrqiH",
+	"xYZT+jtVouZ1g+gKeO6gtROd2XfDy35zRA577SL6/1DZ6f+ZsvMdiscxNeMqpbFtuzcN/U16dBvLpyri",
+	"GNuVu4MWaO5Iagbdq0KN6aFJwhARNL2qaTOhqYLtluzTjNp5VN2DKVUt8hayMZYb7MMwPBKCM6xPJOTG",
+	"kCRzC3AesFOsyiFNGZ9aPk/CpFCWEtsPWzPse6NOGIb+USgmP8aYLl44Es7+jgMKF2QiaYybjUhcEHiw",
+	"Va8R+Rl9cJx2WPvnH+K6t5xbA2mliPky6A9OvF0TC5u4lW/57ZN+jdDGXPmRs1gkcE4+/gNFKYeFMRCl",
+	"hYTEqMVU3bAZfSiZ4JO+v0UM51RrkHj2r59/vb0t8KF3//E37ynk7QCr7OV3Eo2h1fuD010fJ6ApSxvY",
+	"VgTagio7IpZTj1HK0VFPpBTDE6ndB//cRB36tuOySCW6PLtmQKYhU0fOMjYivLWFqJR0uV0nGccmMYbm",
+	"IsnW3ElVFqnCorjZWqZi2nqqlq+Ty+Esrpm28+/BVFUW0O2uTEJKNZubeLbNkk+icihU7UfMDavIt9ZV",
+	"IOegCCU5nQKhY1Foo45bvtmuPNmA7UuHrnZavWpjgQNdzQd3+9HsvLmT69fIPWiuXBjqstnLFnC+vZzC",
+	"Dphc2eX25uVkGHZeoKcp+Xh9iWlrmgHX5yT6wQwD1Rhs9i9mIoXNi4Uf2lVZO95qpcSVnZqMcw00Yc3z",
+	"dG5pDPUl3eiz7g+Wsq4RImENERsVXGJ4GpaEZPTekNNqgdlQpWKBBuQ4ADg6CS2wPtT3atsPitBrrMOG",
+	"Ev/GKlyzRKndri3xVIgLyfTyA+YRV/tytvdO1FFsZdtsGUbsmlk8I2LBMU0YytXWXPzgZk7yyfDL25wd",
+	"FzXajrubKg6QQOLfcnwGmnfpfqjddEaUC77MRKHcfGkyIWpnSb817mZa55bjYXwiGvIHtzLiAbnprsw8",
+	"65OZWBjfiom2QwFO0mbMjq7ef7ghbmSLiPMA6kyirVvS6NxqUL+zvOWGQXPZtYFXm4JW628s4nwykSIj",
+	"lC9tCpM4hWqWVnco8JCjEK1bfsvNLYntcaJ9RJm7Y8XiaFsVU7es/efm9sXmCEhGa1n2ynzLM7os2cCx",
+	"ubrX7t7euCdlMXBl0re7K3x7eeOtU//6kko7yHi+V42sOKm2QlwucuA0Z97I67XCVs8zPcTMALedsjn8",
+	"gX9NwfRu1S34ZeKNvH+Crpi4revHbhgeYBe/jlWszmigFS8RQ44fLLKMyiV+qcr6g103sQyg72k6NeNe",
+	"pYTy7nBj21mgtaRZekhZHHGxdfs6ZcunHry7bXhZwh22rdwNthGJiIvMXgnv10qWvDGmrubsU/KuIrcz",
+	"wzmmD/zSJ9HjKqpof9PkQxJgaXdtr42FbRhjVmIaN9AY1i9PoCi3XEyq+SERZsbITLfqu4Ce07QAkggT",
+	"cp6/5QAzp1kudvPlk8/N8FkvaW+9nLLyn9zhXjE4YmX9PYPVnS0eoPRLkSz/sgjYGPIa8HLh3sSo3VB/",
+	"t2isz8x7oGuTPzwwpVWLYDeZp3RpqlOFF1tXfdfycBw0qZ2T8MNGzr822yGJtq5D6mt+sqm6GeWaZeBS",
+	"u62r1SW56zxM2u71esMXmy1XN+yeBGEnCLs3ncEo7I/CwX8fvI86ki2ZimD3NqJJ5V19riRgIXBmwvMj",
+	"x7GhUu7tGzuuq/oLPoKbdnInCY2FSIFyI8EbYRFxgIDEMcAmlvZjyUusok2rlQvCztkwpIMkoPHwJDg9",
+	"7Y+DcRxDMO6F3XA4pGfh4PQ4ax6eGuy1X99ivAm6VSy0a2/FmC2dp7ds3M2aTcOnN+3e5uPOTu8ICevv",
+	"vJhNg2NkbLjcw83d7tObG99lMZuPUHT7qn7le4NjHLH58onZ1TvKF9XVbr3XNjWg7LI/3638R8zE65pp",
+	"0hVGg8OwcDAqS6ej+Gtls4buQx3BnnJk3uTCLmr9HleNpzwG8E0048qWl++Z1w9m9NafiJn+05uq93X+",
+	"f2HvjRD3hOoKfftwt0WuHEJdSc0dgzvz39e8QvE0xjQ86PZMf3VXa2jAGjFEMqDcjrUL85MgiWh9A142",
+	"+uMLS0MZZgoe8pQybrgpd2ZJI+3rmg1FUB95tsrv+rWOrFCGp60ICaNJxqbS3D65i2LD+dnU7FdjoPVF",
+	"a6fF/SfoNRfzHWN9fUhzvC9JTHnr20OjcsarEvVmgrVcwF7rm6DCOdyCuZCp4xpG7XYqYprOhNKjs/As",
+	"NI22e8jjRoZVpmXfZYnR/WCxNsGPIHLLr5Wb15Ks7lb/EwAA//8=",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,

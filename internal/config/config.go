@@ -43,6 +43,7 @@ var Variables = []Variable{
 	{"REDIS_ADDR", DefaultRedisAddr, "where Redis is; several addresses, with commas, mean a Redis Cluster"},
 	{"REDIS_PASSWORD", "", ""},
 	{"PORT", "8080", "public HTTP; 0 takes any free port"},
+	{"API_KEYS", "", "name=sha256-hex,...: who may use /orders, and the hash of the bearer token; without it, everyone may"},
 	{"IDEMPOTENCY_RETENTION", "24h", "how long an Idempotency-Key answers after its order was placed"},
 	{"OUTBOX_RETENTION", "72h", "how long published events are kept, in days that are dropped whole, once they are finished"},
 	{"OUTBOX_MAX_AGE", "", "orders are refused while an event has waited longer than this to be published (default: never)"},
@@ -59,7 +60,7 @@ var Variables = []Variable{
 }
 
 // later are variables that are part of the contract but not built yet. To ignore one would be to promise what is not kept.
-var later = []string{"API_KEYS", "OPS_ADDR", "OPS_TOKEN", "NATS_URL", "KAFKA_BROKERS"}
+var later = []string{"OPS_ADDR", "OPS_TOKEN", "NATS_URL", "KAFKA_BROKERS"}
 
 // Config is the whole configuration.
 type Config struct {
@@ -71,6 +72,7 @@ type Config struct {
 	RedisSet      bool // as DatabaseSet
 
 	Port                 int           // 0: any
+	APIKeys              []APIKey      // none: everyone is the caller "anonymous"
 	IdempotencyRetention time.Duration // at least minRetention
 	OutboxRetention      time.Duration // at least minRetention
 	OutboxMaxAge         time.Duration // at least minMaxAge; 0: any age
@@ -107,6 +109,7 @@ func Read(getenv func(string) string) (Config, error) {
 		RedisPassword:        getenv("REDIS_PASSWORD"),
 		RedisSet:             getenv("REDIS_ADDR") != "" || getenv("REDIS_PASSWORD") != "",
 		Port:                 r.port("PORT", 0),
+		APIKeys:              r.apiKeys("API_KEYS"),
 		IdempotencyRetention: r.duration("IDEMPOTENCY_RETENTION", minRetention),
 		OutboxRetention:      r.duration("OUTBOX_RETENTION", minRetention),
 		EventBroker:          r.oneOf("EVENT_BROKER", "redis-streams", "redis-pubsub"),
@@ -135,6 +138,7 @@ func (c Config) LogValue() slog.Value {
 	}
 	return slog.GroupValue(
 		slog.String("database", database), slog.String("redis", strings.Join(c.RedisAddrs, ",")), slog.Int("port", c.Port),
+		slog.Int("api_keys", len(c.APIKeys)),
 		slog.Duration("idempotency_retention", c.IdempotencyRetention),
 		slog.Duration("outbox_retention", c.OutboxRetention), slog.Duration("outbox_max_age", c.OutboxMaxAge), slog.String("event_broker", c.EventBroker),
 		slog.String("email_sender", c.EmailSender), slog.String("smtp", c.SMTP.Addr), slog.Any("log_level", c.LogLevel),
