@@ -394,7 +394,7 @@ func TestWhatIsWrongIsNamedWithItsRemedy(t *testing.T) {
 		"migrate without a way":    {args: []string{"migrate"}, code: 2, says: []string{"up, down or status"}},
 		"an argument too many":     {args: []string{"server", "now"}, code: 2, says: []string{"now"}},
 		"two wrong variables":      {env: []string{"PORT=x", "LOG_LEVEL=loud"}, code: 1, says: []string{"PORT is \"x\"", "LOG_LEVEL is \"loud\""}},
-		"what is not built yet":    {env: []string{"API_KEYS=a=b"}, code: 1, says: []string{"API_KEYS is not supported"}},
+		"what is not built yet":    {env: []string{"NATS_URL=nats://a"}, code: 1, says: []string{"NATS_URL is not supported"}},
 		"no database where it set": {env: []string{"DB_HOST=127.0.0.1", "DB_PORT=1", "PORT=0"}, code: 1, says: []string{"DB_HOST", "127.0.0.1"}},
 		"no Redis where it is set": {env: []string{"DATABASE_URL=" + database, "REDIS_ADDR=127.0.0.1:1", "PORT=0"}, code: 1, says: []string{"REDIS_ADDR", "127.0.0.1:1"}},
 		"a port in use":            {env: []string{"PORT=" + port}, code: 1, says: []string{"PORT " + port, "set PORT"}},

@@ -96,7 +96,7 @@ func TestWhoIsNotKnownIsRefusedBeforeAnythingIsReadOrLookedUp(t *testing.T) {
 	} {
 		for _, to := range []struct{ method, path string }{
 			{"POST", "/orders"}, {"GET", "/orders/00000000-0000-0000-0000-000000000000"}, {"GET", "/orders/not-a-uuid"},
-			{"DELETE", "/orders"}, {"GET", "/orders/"}, {"POST", "/%6frders"}, {"GET", "/orders/a/b"},
+			{"DELETE", "/orders"}, {"POST", "/%6frders"}, {"GET", "/orders/a/b"},
 		} {
 			got := api.do(to.method, to.path, header, neverRead{t})
 			got.problem(t, 401, "unauthorized")
