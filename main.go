@@ -22,6 +22,7 @@ import (
 	"idempotent-orders/internal/config"
 	"idempotent-orders/internal/connect"
 	"idempotent-orders/internal/local"
+	"idempotent-orders/internal/ops"
 	"idempotent-orders/order"
 	"idempotent-orders/server"
 	"idempotent-orders/worker"
@@ -39,7 +40,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
-	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
+	err := run(ctx, os.Args[1:], getenv, os.Stdout, os.Stderr)
 	switch {
 	case err == nil:
 	case errors.Is(err, errUsage):
@@ -48,6 +49,15 @@ func main() {
 		fmt.Fprintln(os.Stderr, "idempotent-orders:", err)
 		os.Exit(1)
 	}
+}
+
+// getenv reads a variable. An empty one counts as not set, but for OPS_ADDR, which is off then.
+func getenv(name string) string {
+	value, set := os.LookupEnv(name)
+	if name == "OPS_ADDR" && set && value == "" {
+		return "off"
+	}
+	return value
 }
 
 // errUsage: the command line was wrong, and the user was told.
@@ -104,6 +114,10 @@ func serve(ctx context.Context, cfg config.Config, folder string, which parts, l
 		}
 		defer listener.Close()
 	}
+	operators, err := ops.Listen(cfg, log)
+	if err != nil {
+		return fmt.Errorf("listen on OPS_ADDR %s (set it to another address, or to off): %w", cfg.OpsAddr, err)
+	}
 	stores, err := open(ctx, cfg, folder, which, log)
 	if ctx.Err() != nil && err != nil {
 		log.InfoContext(ctx, "Stopped while starting", "error", err)
@@ -130,6 +144,7 @@ func serve(ctx context.Context, cfg config.Config, folder string, which parts, l
 	var loops sync.WaitGroup
 	defer within(loopsTimeout, loops.Wait)
 	defer stop()
+	loops.Go(func() { ops.Serve(running, operators, cfg.OpsToken, log) })
 	if which.worker {
 		log.InfoContext(ctx, "Outbox worker started")
 		loops.Go(func() { relay.Run(running) })
@@ -179,6 +194,7 @@ func newServer(cfg config.Config, stores *stores, admission *server.Admission, c
 		Guard:     idempotency.NewGuard(stores.redis, cfg.IdempotencyRetention, log),
 		Admission: admission,
 		Callers:   callers(cfg),
+		Rates:     server.NewRates(stores.redis, cfg.RateRequests, cfg.RatePeriod, log),
 		Pool:      stores.pool,
 		Redis:     stores.redis,
 		Contract:  contract,

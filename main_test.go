@@ -35,6 +35,8 @@ func TestMain(m *testing.M) {
 				config.Variables[i].Default = "1"
 			case "REDIS_ADDR":
 				config.Variables[i].Default = "localhost:1"
+			case "OPS_ADDR":
+				config.Variables[i].Default = "127.0.0.1:0"
 			}
 		}
 		main()

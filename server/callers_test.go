@@ -11,9 +11,11 @@ import (
 // twoCallers serves the stores of an API to alice and bob, whose tokens are "token-of-alice" and "token-of-bob".
 func (a *testAPI) twoCallers() *testAPI {
 	a.t.Helper()
-	return serveAPI(a.t, Config{Pool: a.pool, Redis: a.redis, Callers: []Caller{
-		{"alice", sha256.Sum256([]byte("token-of-alice"))}, {"bob", sha256.Sum256([]byte("token-of-bob"))},
-	}}, a.server)
+	return serveAPI(a.t, Config{Pool: a.pool, Redis: a.redis, Callers: twoCallers()}, a.server)
+}
+
+func twoCallers() []Caller {
+	return []Caller{{"alice", sha256.Sum256([]byte("token-of-alice"))}, {"bob", sha256.Sum256([]byte("token-of-bob"))}}
 }
 
 const (

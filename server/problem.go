@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -147,8 +148,10 @@ var unavailable = problemType{
 // refusal is an error with something to say to the client.
 type refusal struct {
 	error
-	detail  string
+	detail  string // empty: that of the problem
 	members []api.ProblemMember
+
+	retryAfter int // seconds; 0: as the problem says
 }
 
 func (r *refusal) Unwrap() error { return r.error }
@@ -171,7 +174,8 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 
 	body := api.Problem{Type: "/problems/" + p.name, Title: p.title, Status: p.status, Detail: p.detail, Instance: id}
 	if said := (*refusal)(nil); errors.As(err, &said) {
-		body.Detail = said.detail
+		body.Detail = cmp.Or(said.detail, p.detail)
+		p.retryAfter = cmp.Or(said.retryAfter, p.retryAfter)
 		if len(said.members) > 0 {
 			body.Errors = &said.members
 		}

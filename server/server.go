@@ -28,6 +28,7 @@ type Config struct {
 	Guard     *idempotency.Guard
 	Admission *Admission            // nil: every order is admitted
 	Callers   []Caller              // who may use /orders, each with a name and a hash of its own; none: everyone is anonymous
+	Rates     *Rates                // nil: every rate is allowed
 	Pool      *pgxpool.Pool         // for the readiness check
 	Redis     redis.UniversalClient // for the readiness check
 	Contract  []byte                // openapi.yaml
@@ -194,6 +195,9 @@ func (s *Server) route(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	known, err := s.authenticated(r)
+	if err == nil {
+		err = s.metered(known)
+	}
 	if err != nil {
 		if r.ContentLength != 0 {
 			w.Header().Set("Connection", "close") // net/http would wait for the body, to use the connection again

@@ -39,11 +39,15 @@ var Variables = []Variable{
 	{"DB_USER", "postgres", ""},
 	{"DB_PASSWORD", "postgres", ""},
 	{"DB_NAME", DefaultDatabase, ""},
+	{"DB_SSLMODE", "prefer", "disable, prefer, require, verify-ca or verify-full, as in libpq"},
 	{"DATABASE_URL", "", "instead of the DB_ variables; may set sslmode, pool_max_conns and the like"},
-	{"REDIS_ADDR", DefaultRedisAddr, "where Redis is; several addresses, with commas, mean a Redis Cluster"},
+	{"REDIS_ADDR", DefaultRedisAddr, "where Redis is; several addresses, with commas, mean a Redis Cluster; rediss://host:port means TLS"},
 	{"REDIS_PASSWORD", "", ""},
 	{"PORT", "8080", "public HTTP; 0 takes any free port"},
 	{"API_KEYS", "", "name=sha256-hex,...: who may use /orders, and the hash of the bearer token; without it, everyone may"},
+	{"RATE_LIMIT", "", "how much each caller may send to /orders, such as 100/s or 600/m (default: anything)"},
+	{"OPS_ADDR", "127.0.0.1:9090", "profiles, for operators; off or empty turns it off; beyond loopback it demands OPS_TOKEN"},
+	{"OPS_TOKEN", "", "the bearer token that OPS_ADDR asks for, of at least 16 characters"},
 	{"IDEMPOTENCY_RETENTION", "24h", "how long an Idempotency-Key answers after its order was placed"},
 	{"OUTBOX_RETENTION", "72h", "how long published events are kept, in days that are dropped whole, once they are finished"},
 	{"OUTBOX_MAX_AGE", "", "orders are refused while an event has waited longer than this to be published (default: never)"},
@@ -60,7 +64,7 @@ var Variables = []Variable{
 }
 
 // later are variables that are part of the contract but not built yet. To ignore one would be to promise what is not kept.
-var later = []string{"OPS_ADDR", "OPS_TOKEN", "NATS_URL", "KAFKA_BROKERS"}
+var later = []string{"NATS_URL", "KAFKA_BROKERS"}
 
 // Config is the whole configuration.
 type Config struct {
@@ -73,6 +77,11 @@ type Config struct {
 
 	Port                 int           // 0: any
 	APIKeys              []APIKey      // none: everyone is the caller "anonymous"
+	RateRequests         int           // that each caller may send in RatePeriod; 0: any
+	RatePeriod           time.Duration //
+	OpsAddr              string        // host:port; empty: none
+	OpsSet               bool          // by the environment: then it must be had
+	OpsToken             string        // needed beyond loopback
 	IdempotencyRetention time.Duration // at least minRetention
 	OutboxRetention      time.Duration // at least minRetention
 	OutboxMaxAge         time.Duration // at least minMaxAge; 0: any age
@@ -120,6 +129,9 @@ func Read(getenv func(string) string) (Config, error) {
 		c.OutboxMaxAge = r.duration("OUTBOX_MAX_AGE", minMaxAge)
 	}
 	c.SMTP = r.smtp(c.EmailSender)
+	c.RateRequests, c.RatePeriod = r.rate("RATE_LIMIT")
+	c.OpsAddr, c.OpsToken = r.ops()
+	c.OpsSet = getenv("OPS_ADDR") != ""
 	c.DatabaseURL, c.DatabaseSet = r.database()
 	_ = c.LogLevel.UnmarshalText([]byte(r.oneOf("LOG_LEVEL", "debug", "info", "warn", "error")))
 	for _, name := range later {
@@ -138,7 +150,8 @@ func (c Config) LogValue() slog.Value {
 	}
 	return slog.GroupValue(
 		slog.String("database", database), slog.String("redis", strings.Join(c.RedisAddrs, ",")), slog.Int("port", c.Port),
-		slog.Int("api_keys", len(c.APIKeys)),
+		slog.Int("api_keys", len(c.APIKeys)), slog.String("ops", c.OpsAddr),
+		slog.Group("rate_limit", "requests", c.RateRequests, "period", c.RatePeriod),
 		slog.Duration("idempotency_retention", c.IdempotencyRetention),
 		slog.Duration("outbox_retention", c.OutboxRetention), slog.Duration("outbox_max_age", c.OutboxMaxAge), slog.String("event_broker", c.EventBroker),
 		slog.String("email_sender", c.EmailSender), slog.String("smtp", c.SMTP.Addr), slog.Any("log_level", c.LogLevel),
@@ -196,11 +209,23 @@ func (r *reader) duration(name string, least time.Duration) time.Duration {
 
 func (r *reader) addresses(name string) []string {
 	addrs := strings.Split(r.value(name), ",")
+	encrypted := 0
 	for i := range addrs {
 		addrs[i] = strings.TrimSpace(addrs[i])
-		if !isAddress(addrs[i]) {
-			r.mistake(name, "has %q; an address is host:port", addrs[i])
+		plain, tls := strings.CutPrefix(addrs[i], "rediss://")
+		if tls {
+			encrypted++
 		}
+		switch {
+		case isAddress(plain):
+		case strings.Contains(plain, "@"): // before it stands a password
+			r.mistake(name, "has an address with @; an address is host:port or rediss://host:port, and the password goes into REDIS_PASSWORD")
+		default:
+			r.mistake(name, "has %q; an address is host:port, or rediss://host:port for TLS", addrs[i])
+		}
+	}
+	if encrypted > 0 && encrypted < len(addrs) {
+		r.mistake(name, "has addresses with rediss:// and without; a cluster has TLS on all or on none")
 	}
 	return addrs
 }
@@ -263,7 +288,7 @@ func (r *reader) from(name string) (mail.Address, string) {
 // database returns the connection string, and whether any variable names the database.
 func (r *reader) database() (string, bool) {
 	var parts []string
-	for _, name := range []string{"DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME"} {
+	for _, name := range []string{"DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME", "DB_SSLMODE"} {
 		if r.getenv(name) != "" {
 			parts = append(parts, name)
 		}
@@ -283,6 +308,9 @@ func (r *reader) database() (string, bool) {
 		User:   url.UserPassword(r.value("DB_USER"), r.value("DB_PASSWORD")),
 		Host:   net.JoinHostPort(r.value("DB_HOST"), strconv.Itoa(r.port("DB_PORT", 1))),
 		Path:   "/" + r.value("DB_NAME"),
+	}
+	if mode := r.oneOf("DB_SSLMODE", "disable", "prefer", "require", "verify-ca", "verify-full"); r.getenv("DB_SSLMODE") != "" {
+		u.RawQuery = "sslmode=" + mode
 	}
 	return u.String(), len(parts) > 0
 }

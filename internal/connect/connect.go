@@ -3,6 +3,7 @@ package connect
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -98,11 +99,23 @@ func Tx(stall, lockWait time.Duration) pgx.TxOptions {
 		" SET LOCAL idle_in_transaction_session_timeout = %d; SET LOCAL lock_timeout = %d", stall.Milliseconds(), lockWait.Milliseconds())}
 }
 
-// Redis returns a client for the server at addrs, or for a Redis Cluster when there are several. It does not connect yet.
+// encrypted is what stands before the address of a Redis that is reached by TLS.
+const encrypted = "rediss://"
+
+// Redis returns a client for the server at addrs, or for a Redis Cluster when there are several. With rediss:// before each address
+// it speaks TLS alone, to servers whose certificates the system, or SSL_CERT_FILE, trusts. It does not connect yet.
 func Redis(addrs []string, password string) redis.UniversalClient {
+	var secure *tls.Config
+	plain := make([]string, len(addrs))
+	for i, addr := range addrs {
+		if plain[i] = strings.TrimPrefix(addr, encrypted); plain[i] != addr {
+			secure = &tls.Config{MinVersion: tls.VersionTLS12} // the name is taken from the address
+		}
+	}
 	return redis.NewUniversalClient(&redis.UniversalOptions{
-		Addrs:                 addrs,
+		Addrs:                 plain,
 		Password:              password,
+		TLSConfig:             secure,
 		ContextTimeoutEnabled: true, // else a deadline in the context does nothing
 		MaxRetries:            -1,   // the callers know what a lost reply means to them
 		DialTimeout:           time.Second,
