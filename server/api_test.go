@@ -175,6 +175,12 @@ func init() {
 		b, err := io.ReadAll(r)
 		return string(b), err
 	})
+	text := func(r io.Reader, _ http.Header, _ *openapi3.SchemaRef, _ openapi3filter.EncodingFn) (any, error) {
+		b, err := io.ReadAll(r)
+		return string(b), err
+	}
+	openapi3filter.RegisterBodyDecoder("text/css", text)
+	openapi3filter.RegisterBodyDecoder("text/javascript", text)
 	openapi3filter.RegisterBodyDecoder("application/yaml", func(r io.Reader, _ http.Header, _ *openapi3.SchemaRef, _ openapi3filter.EncodingFn) (any, error) {
 		b, err := io.ReadAll(r)
 		return string(b), err

@@ -57,7 +57,8 @@ type Server struct {
 	Config
 	mux      *http.ServeMux
 	handler  http.Handler
-	stopping context.Context // done when the server stops: those who wait for another send give up
+	docs     func() ([]byte, error) // the page, made when it is first asked for
+	stopping context.Context        // done when the server stops: those who wait for another send give up
 	stop     context.CancelFunc
 }
 
@@ -68,7 +69,7 @@ func New(cfg Config) *Server {
 	if cfg.ReadTimeout == 0 {
 		cfg.ReadTimeout = defaultReadTimeout
 	}
-	s := &Server{Config: cfg, mux: http.NewServeMux()}
+	s := &Server{Config: cfg, mux: http.NewServeMux(), docs: sync.OnceValues(renderDocs)}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	strict := api.NewStrictHandlerWithOptions(s, nil, api.StrictHTTPServerOptions{
 		RequestErrorHandlerFunc:  s.refuse,
@@ -194,6 +195,7 @@ func (s *Server) route(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, errNotFound)
 		return
 	}
+	guardPage(w.Header(), r.URL.Path)
 	known, err := s.authenticated(r)
 	if err == nil {
 		err = s.metered(known)

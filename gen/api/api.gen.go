@@ -436,6 +436,16 @@ func WithRequestEditorFn(fn RequestEditorFn) ClientOption {
 // The interface specification for the client above.
 type ClientInterface interface {
 
+	// GetDocs A page to read and try this contract
+	//
+	// Corresponds with GET /docs (the `GetDocs` operationId).
+	GetDocs(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// GetDocsFile What the page at /docs loads
+	//
+	// Corresponds with GET /docs/{file} (the `GetDocsFile` operationId).
+	GetDocsFile(ctx context.Context, file string, reqEditors ...RequestEditorFn) (*http.Response, error)
+
 	// GetLiveness Is the process alive
 	//
 	// Corresponds with GET /livez (the `GetLiveness` operationId).
@@ -482,6 +492,36 @@ type ClientInterface interface {
 	//
 	// Corresponds with GET /readyz (the `GetReadiness` operationId).
 	GetReadiness(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+}
+
+// GetDocs A page to read and try this contract
+//
+// Corresponds with GET /docs (the `GetDocs` operationId).
+func (c *Client) GetDocs(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewGetDocsRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetDocsFile What the page at /docs loads
+//
+// Corresponds with GET /docs/{file} (the `GetDocsFile` operationId).
+func (c *Client) GetDocsFile(ctx context.Context, file string, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewGetDocsFileRequest(c.Server, file)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
 }
 
 // GetLiveness Is the process alive
@@ -599,6 +639,67 @@ func (c *Client) GetReadiness(ctx context.Context, reqEditors ...RequestEditorFn
 		return nil, err
 	}
 	return c.Client.Do(req)
+}
+
+// NewGetDocsRequest constructs an http.Request for the GetDocs method
+func NewGetDocsRequest(server string) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/docs")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewGetDocsFileRequest constructs an http.Request for the GetDocsFile method
+func NewGetDocsFileRequest(server string, file string) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "file", file, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: ""})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/docs/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
 }
 
 // NewGetLivenessRequest constructs an http.Request for the GetLiveness method
@@ -869,6 +970,20 @@ func WithBaseURL(baseURL string) ClientOption {
 // ClientWithResponsesInterface is the interface specification for the client with responses above.
 type ClientWithResponsesInterface interface {
 
+	// GetDocsWithResponse A page to read and try this contract
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /docs (the `GetDocs` operationId).
+	GetDocsWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*GetDocsResponse, error)
+
+	// GetDocsFileWithResponse What the page at /docs loads
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /docs/{file} (the `GetDocsFile` operationId).
+	GetDocsFileWithResponse(ctx context.Context, file string, reqEditors ...RequestEditorFn) (*GetDocsFileResponse, error)
+
 	// GetLivenessWithResponse Is the process alive
 	//
 	// Returns a wrapper object for the known response body format(s).
@@ -925,6 +1040,81 @@ type ClientWithResponsesInterface interface {
 	//
 	// Corresponds with GET /readyz (the `GetReadiness` operationId).
 	GetReadinessWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*GetReadinessResponse, error)
+}
+
+type GetDocsResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+}
+
+// GetBody returns the raw response body bytes
+func (r GetDocsResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r GetDocsResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r GetDocsResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r GetDocsResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+type GetDocsFileResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
+	ApplicationproblemJSON404 *NotFound
+}
+
+// GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
+func (r GetDocsFileResponse) GetApplicationproblemJSON404() *NotFound {
+	return r.ApplicationproblemJSON404
+}
+
+// GetBody returns the raw response body bytes
+func (r GetDocsFileResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r GetDocsFileResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r GetDocsFileResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r GetDocsFileResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
 }
 
 type GetLivenessResponse struct {
@@ -1343,6 +1533,32 @@ func (r GetReadinessResponse) ContentType() string {
 	return ""
 }
 
+// GetDocsWithResponse A page to read and try this contract
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /docs (the `GetDocs` operationId).
+func (c *ClientWithResponses) GetDocsWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*GetDocsResponse, error) {
+	rsp, err := c.GetDocs(ctx, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseGetDocsResponse(rsp)
+}
+
+// GetDocsFileWithResponse What the page at /docs loads
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /docs/{file} (the `GetDocsFile` operationId).
+func (c *ClientWithResponses) GetDocsFileWithResponse(ctx context.Context, file string, reqEditors ...RequestEditorFn) (*GetDocsFileResponse, error) {
+	rsp, err := c.GetDocsFile(ctx, file, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseGetDocsFileResponse(rsp)
+}
+
 // GetLivenessWithResponse Is the process alive
 //
 // Returns a wrapper object for the known response body format(s).
@@ -1440,6 +1656,48 @@ func (c *ClientWithResponses) GetReadinessWithResponse(ctx context.Context, reqE
 		return nil, err
 	}
 	return ParseGetReadinessResponse(rsp)
+}
+
+// ParseGetDocsResponse parses an HTTP response from a GetDocsWithResponse call
+func ParseGetDocsResponse(rsp *http.Response) (*GetDocsResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &GetDocsResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	return response, nil
+}
+
+// ParseGetDocsFileResponse parses an HTTP response from a GetDocsFileWithResponse call
+func ParseGetDocsFileResponse(rsp *http.Response) (*GetDocsFileResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &GetDocsFileResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 404:
+		var dest NotFound
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON404 = &dest
+
+	}
+
+	return response, nil
 }
 
 // ParseGetLivenessResponse parses an HTTP response from a GetLivenessWithResponse call
@@ -1818,6 +2076,12 @@ func ParseGetReadinessResponse(rsp *http.Response) (*GetReadinessResponse, error
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
+	// GetDocs A page to read and try this contract
+	// (GET /docs)
+	GetDocs(w http.ResponseWriter, r *http.Request)
+	// GetDocsFile What the page at /docs loads
+	// (GET /docs/{file})
+	GetDocsFile(w http.ResponseWriter, r *http.Request, file string)
 	// GetLiveness Is the process alive
 	// (GET /livez)
 	GetLiveness(w http.ResponseWriter, r *http.Request)
@@ -1846,6 +2110,46 @@ type ServerInterfaceWrapper struct {
 }
 
 type MiddlewareFunc func(http.Handler) http.Handler
+
+// GetDocs operation middleware
+func (siw *ServerInterfaceWrapper) GetDocs(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetDocs(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetDocsFile operation middleware
+func (siw *ServerInterfaceWrapper) GetDocsFile(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "file" -------------
+	var file string
+
+	err = runtime.BindStyledParameterWithOptions("simple", "file", r.PathValue("file"), &file, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "file", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetDocsFile(w, r, file)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
 
 // GetLiveness operation middleware
 func (siw *ServerInterfaceWrapper) GetLiveness(w http.ResponseWriter, r *http.Request) {
@@ -2149,6 +2453,8 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/livez", wrapper.GetLiveness)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/readyz", wrapper.GetReadiness)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/openapi.yaml", wrapper.GetContract)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/docs", wrapper.GetDocs)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/docs/{file}", wrapper.GetDocsFile)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/problems/{name}", wrapper.GetProblem)
 
 	return m
@@ -2201,6 +2507,97 @@ type UnavailableApplicationProblemPlusJSONResponse struct {
 }
 
 type UnsupportedMediaTypeApplicationProblemPlusJSONResponse Problem
+
+type GetDocsRequestObject struct {
+}
+
+type GetDocsResponseObject interface {
+	VisitGetDocsResponse(w http.ResponseWriter) error
+}
+
+type GetDocs200TexthtmlResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response GetDocs200TexthtmlResponse) VisitGetDocsResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "text/html")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	_, err := io.Copy(w, response.Body)
+	return err
+}
+
+type GetDocsFileRequestObject struct {
+	File string `json:"file"`
+}
+
+type GetDocsFileResponseObject interface {
+	VisitGetDocsFileResponse(w http.ResponseWriter) error
+}
+
+type GetDocsFile200TextcssResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response GetDocsFile200TextcssResponse) VisitGetDocsFileResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "text/css")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	_, err := io.Copy(w, response.Body)
+	return err
+}
+
+type GetDocsFile200TextjavascriptResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response GetDocsFile200TextjavascriptResponse) VisitGetDocsFileResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "text/javascript")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	_, err := io.Copy(w, response.Body)
+	return err
+}
+
+type GetDocsFile404ApplicationProblemPlusJSONResponse struct {
+	NotFoundApplicationProblemPlusJSONResponse
+}
+
+func (response GetDocsFile404ApplicationProblemPlusJSONResponse) VisitGetDocsFileResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(404)
+	_, err := buf.WriteTo(w)
+	return err
+}
 
 type GetLivenessRequestObject struct {
 }
@@ -2624,6 +3021,12 @@ func (response GetReadiness503ApplicationProblemPlusJSONResponse) VisitGetReadin
 
 // StrictServerInterface represents all server handlers.
 type StrictServerInterface interface {
+	// GetDocs A page to read and try this contract
+	// (GET /docs)
+	GetDocs(ctx context.Context, request GetDocsRequestObject) (GetDocsResponseObject, error)
+	// GetDocsFile What the page at /docs loads
+	// (GET /docs/{file})
+	GetDocsFile(ctx context.Context, request GetDocsFileRequestObject) (GetDocsFileResponseObject, error)
 	// GetLiveness Is the process alive
 	// (GET /livez)
 	GetLiveness(ctx context.Context, request GetLivenessRequestObject) (GetLivenessResponseObject, error)
@@ -2681,6 +3084,56 @@ type strictHandler struct {
 	ssi         StrictServerInterface
 	middlewares []StrictMiddlewareFunc
 	options     StrictHTTPServerOptions
+}
+
+// GetDocs operation middleware
+func (sh *strictHandler) GetDocs(w http.ResponseWriter, r *http.Request) {
+	var request GetDocsRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetDocs(ctx, request.(GetDocsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetDocs")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetDocsResponseObject); ok {
+		if err := validResponse.VisitGetDocsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetDocsFile operation middleware
+func (sh *strictHandler) GetDocsFile(w http.ResponseWriter, r *http.Request, file string) {
+	var request GetDocsFileRequestObject
+
+	request.File = file
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetDocsFile(ctx, request.(GetDocsFileRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetDocsFile")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetDocsFileResponseObject); ok {
+		if err := validResponse.VisitGetDocsFileResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
 }
 
 // GetLiveness operation middleware
@@ -2848,62 +3301,64 @@ func (sh *strictHandler) GetReadiness(w http.ResponseWriter, r *http.Request) {
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"3Frrcts4ln4VFHuqprNDStTNtuTaH07SPeWZXLyO06na2N2EyCMJbRJgAFCy2qV33zoASFESJSvpjrd2",
-	"8yeWBBDn8p3bBz56schywYFr5Y0evRnQBKT58xq0XAYXEw0SPyagYslyzQT3Rt4HiAVPFNGCLCjTZAwT",
-	"IYEo4AnjU0KnlPGW53sSvhRMQuKNtCzA91Q8g4zi8zLGWVZk3qjje3qZgzfyGNcwBemtVivfy6mkGWgn",
-	"zGUCWS408Hj5b1juynMzAxLTNAX5d0U4zYBMhCR6xhQRMgE5Ih2UtTsYkDlTbJwCufjw6vKSxDMqaYzH",
-	"+GRMJRAhCVWEki+F0JAQpWUR60JCEkwYpOYLxqe3/Mfrn1+R4cmg8+KcjIWe4YGZO1vPgCj84x6WLXKB",
-	"/5ExpIJPjcV0JSyhPDEfRQ6Soi6tW+75HjzQLE/RJmcQ9oanZxD0w2QQ9HtJEozjYS84ORv26eB0Mux1",
-	"+57vMTSCdZ7neyiEN6obLUCrPeGON8CnelZ3iNXVQ3dcSZg0ASFC9//nu4gYe5x2++GLEVnMWAqEcgJU",
-	"pgykwQURE6MqGoMpUvAEJFnQpW8RVORomndEWWT5hGqSCaVJJ/SNM5lWt5xytQBJGFcaqHlk1A+HUYu8",
-	"1zOQJDdSAo9BEXQmm3IhIdk2qpF5sM9sTtW6dXbtcSNpDDmVwPWuUT71XhGzgLwSXMODPicxlZJBQgQv",
-	"EWBw+XdFYA5ct8gFJ4zPacpwDaCFSuE3RA/DIKST05NBZ9g5iRMExFm/fwbjbqcTn4W9zjAOxqc0ORmf",
-	"dk6G3bDX63WCsLNPV11T45DCK8SOygVXYOLxJU2u4UsBymgfo5bWEDTPUxYbKLdzKcYpZP/4XaFVHmuP",
-	"/5uEiTfyfmivs0/b/qraV3aXPXQLbKyG6HtYBhlTivFp5JOdn5wxIwzoyH0IpJU5ankr33spkuWNEG+o",
-	"nMKzajEWyTLQQgQpHh2NiJiDJCd98m/20ki2me2uoVAYsv+LdpZGhGhUBTBNJdBkadKdIpQLE37OvFYH",
-	"rkFymv4kpZDPK7w7OQA8OhoRSia0SDVmC1FI1SJYLUShY5GBTUX3XCz4+Wb5IgumZxupHNcqOgGj3zuh",
-	"fxYFf16/cKGDCZ5qXSGN+Fxw8InJkPixdEZZDo20Llgv+ZUUUwlKPavYDhcB40HuzndYmjCpdK08MFUZ",
-	"WrM0XVcJzIL7m5Mmwdzqdn2pEe5GiLeUL51JntcSGPUZ5csyE6ky+nW9gZFUw1+o8EdOCz0Tkv3xzGmk",
-	"qB3sHK5AzlkMZEYVubi6RG9jrXdt0BioRGOIe+AIApffEdwLKfi0Rf5VJFNIyn6TpimBVG0b69OnT8FF",
-	"oWfANSoHDW3LS3NSdLhH3amC1phzylI6TuG5bVmeG43IlVB6KuHDf70hMeVcaKLoskU+PJ3AaLqgyzKP",
-	"/YUQU0WeC6kheQsJozfGcs9qnkqAIEMJAnSeAx0WXJspNYnqcuD52AysSq8bQ7xhc+AuR+YSW3PNbNuj",
-	"NNWF+Qs4zi6fPZqyOXh3TS3zGlefy43rdWL8O8QaU/N77AN3j6KZKJp6y0vsE82cRDLGhSQFZ1qhK3EA",
-	"odrOUSc4FGyNVb73EAh7WG/le7EEqiH5jZpDqs0J1RBoloG3rVNt/2Dle+bP31iysbsoWHJoYwctvWNE",
-	"J8quGWs7+yvfK1R14t513W3TV3Ku9/uldSthNsyx10uv7JpfOs0DqOnkSWQObLnnteadyCeUvEpFkfyE",
-	"CxTptMKy67/URGmKkzTjBqrXkJjiJ4Fm7lGqZRaryAa04HDL7SyKYxHQeEao1pKNCw3nJEqophGi/V8f",
-	"3r9rkdeACJU29jVJgSpNBI9hRGLBVZGBVCSBpMiBjJfYR0d2XNqEIz71qfjctNFr3IGBSjV1aUC7rFAF",
-	"z1YoNgMAVwdzKk2vidtQMVxa+fx05XsWFptOuSAfP16+np/6GCRfCksKwBzkRrg8hdkuYlYUMt6QvW19",
-	"g3KsnyRZUE2g3lG6vK+eshGcKod4DlIxmx/LQzut8Egb/dLZeKaJu8KiuRG75TTKkq+yDSYCkyy+OoWc",
-	"4M5DQzRKtTNIlySCa598sphhp6DJjNq5+cd6oCVMubhICJ6FpREeNHC064vWIfHOVuWPa+tvB/aRrqiH",
-	"xYZT+jtVouZ1g+gKeO6gtROd2XfDy35zRA577SL6/1DZ6f+ZsvMdiscxNeMqpbFtuzcN/U16dBvLpyri",
-	"GNuVu4MWaO5Iagbdq0KN6aFJwhARNL2qaTOhqYLtluzTjNp5VN2DKVUt8hayMZYb7MMwPBKCM6xPJOTG",
-	"kCRzC3AesFOsyiFNGZ9aPk/CpFCWEtsPWzPse6NOGIb+USgmP8aYLl44Es7+jgMKF2QiaYybjUhcEHiw",
-	"Va8R+Rl9cJx2WPvnH+K6t5xbA2mliPky6A9OvF0TC5u4lW/57ZN+jdDGXPmRs1gkcE4+/gNFKYeFMRCl",
-	"hYTEqMVU3bAZfSiZ4JO+v0UM51RrkHj2r59/vb0t8KF3//E37ynk7QCr7OV3Eo2h1fuD010fJ6ApSxvY",
-	"VgTagio7IpZTj1HK0VFPpBTDE6ndB//cRB36tuOySCW6PLtmQKYhU0fOMjYivLWFqJR0uV0nGccmMYbm",
-	"IsnW3ElVFqnCorjZWqZi2nqqlq+Ty+Esrpm28+/BVFUW0O2uTEJKNZubeLbNkk+icihU7UfMDavIt9ZV",
-	"IOegCCU5nQKhY1Foo45bvtmuPNmA7UuHrnZavWpjgQNdzQd3+9HsvLmT69fIPWiuXBjqstnLFnC+vZzC",
-	"Dphc2eX25uVkGHZeoKcp+Xh9iWlrmgHX5yT6wQwD1Rhs9i9mIoXNi4Uf2lVZO95qpcSVnZqMcw00Yc3z",
-	"dG5pDPUl3eiz7g+Wsq4RImENERsVXGJ4GpaEZPTekNNqgdlQpWKBBuQ4ADg6CS2wPtT3atsPitBrrMOG",
-	"Ev/GKlyzRKndri3xVIgLyfTyA+YRV/tytvdO1FFsZdtsGUbsmlk8I2LBMU0YytXWXPzgZk7yyfDL25wd",
-	"FzXajrubKg6QQOLfcnwGmnfpfqjddEaUC77MRKHcfGkyIWpnSb817mZa55bjYXwiGvIHtzLiAbnprsw8",
-	"65OZWBjfiom2QwFO0mbMjq7ef7ghbmSLiPMA6kyirVvS6NxqUL+zvOWGQXPZtYFXm4JW628s4nwykSIj",
-	"lC9tCpM4hWqWVnco8JCjEK1bfsvNLYntcaJ9RJm7Y8XiaFsVU7es/efm9sXmCEhGa1n2ynzLM7os2cCx",
-	"ubrX7t7euCdlMXBl0re7K3x7eeOtU//6kko7yHi+V42sOKm2QlwucuA0Z97I67XCVs8zPcTMALedsjn8",
-	"gX9NwfRu1S34ZeKNvH+Crpi4revHbhgeYBe/jlWszmigFS8RQ44fLLKMyiV+qcr6g103sQyg72k6NeNe",
-	"pYTy7nBj21mgtaRZekhZHHGxdfs6ZcunHry7bXhZwh22rdwNthGJiIvMXgnv10qWvDGmrubsU/KuIrcz",
-	"wzmmD/zSJ9HjKqpof9PkQxJgaXdtr42FbRhjVmIaN9AY1i9PoCi3XEyq+SERZsbITLfqu4Ce07QAkggT",
-	"cp6/5QAzp1kudvPlk8/N8FkvaW+9nLLyn9zhXjE4YmX9PYPVnS0eoPRLkSz/sgjYGPIa8HLh3sSo3VB/",
-	"t2isz8x7oGuTPzwwpVWLYDeZp3RpqlOFF1tXfdfycBw0qZ2T8MNGzr822yGJtq5D6mt+sqm6GeWaZeBS",
-	"u62r1SW56zxM2u71esMXmy1XN+yeBGEnCLs3ncEo7I/CwX8fvI86ki2ZimD3NqJJ5V19riRgIXBmwvMj",
-	"x7GhUu7tGzuuq/oLPoKbdnInCY2FSIFyI8EbYRFxgIDEMcAmlvZjyUusok2rlQvCztkwpIMkoPHwJDg9",
-	"7Y+DcRxDMO6F3XA4pGfh4PQ4ax6eGuy1X99ivAm6VSy0a2/FmC2dp7ds3M2aTcOnN+3e5uPOTu8ICevv",
-	"vJhNg2NkbLjcw83d7tObG99lMZuPUHT7qn7le4NjHLH58onZ1TvKF9XVbr3XNjWg7LI/3638R8zE65pp",
-	"0hVGg8OwcDAqS6ej+Gtls4buQx3BnnJk3uTCLmr9HleNpzwG8E0048qWl++Z1w9m9NafiJn+05uq93X+",
-	"f2HvjRD3hOoKfftwt0WuHEJdSc0dgzvz39e8QvE0xjQ86PZMf3VXa2jAGjFEMqDcjrUL85MgiWh9A142",
-	"+uMLS0MZZgoe8pQybrgpd2ZJI+3rmg1FUB95tsrv+rWOrFCGp60ICaNJxqbS3D65i2LD+dnU7FdjoPVF",
-	"a6fF/SfoNRfzHWN9fUhzvC9JTHnr20OjcsarEvVmgrVcwF7rm6DCOdyCuZCp4xpG7XYqYprOhNKjs/As",
-	"NI22e8jjRoZVpmXfZYnR/WCxNsGPIHLLr5Wb15Ks7lb/EwAA//8=",
+	"3Frrcts4ln4VFHuqprNDStTNtuTaH47TPeWZdOJ1nEnVxp4hRB5JaJMAA4CSNS69+9YBQIqSKFlJOt7a",
+	"zZ9YEi7nfvkOnrxYZLngwLXyRk/eDGgC0vx5A1oug4uJBokfE1CxZLlmgnsj7wPEgieKaEEWlGkyhomQ",
+	"QBTwhPEpoVPKeMvzPQlfCiYh8UZaFuB7Kp5BRvG8jHGWFZk36vieXubgjTzGNUxBeqvVyvdyKmkG2hFz",
+	"lUCWCw08Xv4dlrv03M6AxDRNQf5ZEU4zIBMhiZ4xRYRMQI5IB2ntDgZkzhQbp0AuPlxeXZF4RiWN8Rqf",
+	"jKkEIiShilDypRAaEqK0LGJdSEiCCYPUfMH49I7/fPPrJRmeDDqvzslY6BlemLm79QyIwj8eYNkiF/gf",
+	"GUMq+NRITFfEEsoT81HkICny0rrjnu/BI83yFGVyBmFveHoGQT9MBkG/lyTBOB72gpOzYZ8OTifDXrfv",
+	"+R5DIVjleb6HRHijutAClNoz6ngLfKpndYVYXj1Ux7WESZMhRKj+/3wXESOP024/fDUiixlLgVBOgMqU",
+	"gTR2QcTEsIrCYIoUPAFJFnTpWwsqchTNO6KsZfmEapIJpUkn9I0ymVZ3nHK1AEkYVxqoOTLqh8OoRd7r",
+	"GUiSGyqBx6AIKpNNuZCQbAvV0DzYJzbHal06u/K4lTSGnErgelcon3qXxCwgl4JreNTnJKZSMkiI4KUF",
+	"GLv8syIwB65b5IITxuc0ZbgGUEIl8Rukh2EQ0snpyaAz7JzECRrEWb9/BuNupxOfhb3OMA7GpzQ5GZ92",
+	"TobdsNfrdYKws49XXWPjEMMrtB2VC67A+ONrmtzAlwKU4T5GLq0gaJ6nLDam3M6lGKeQ/eV3hVJ5qh3/",
+	"JwkTb+T91F5Hn7b9VbWv7S576ZaxsZpFP8AyyJhSjE8jn+z85IQZoUNH7kMgLc1Ry1v53muRLG+FeEvl",
+	"FF6Ui7FIloEWIkjx6mhExBwkOemTv7PXhrLNaHcDhUKX/V+UszQkRKPKgWkqgSZLE+4UoVwY93PitTxw",
+	"DZLT9BcphXxZ4t3NAeDV0YhQMqFFqjFaiEKqFsFsIQodiwxsKHrgYsHPN9MXWTA92wjluFbRCRj+3gn9",
+	"qyj4y+qFCx1M8FarCmnI54KDT0yExI+lMsp0aKh1znrFr6WYSlDqRcl2dhEwHuTufmdLEyaVrqUHpipB",
+	"a5am6yyBUXB/cdJEmFvdri81xN0K8RvlSyeSl5UEen1G+bKMRKr0fl0vYCTV8Acy/JHTQs+EZP9+4TBS",
+	"1C52Clcg5ywGMqOKXFxfobYx17syaAxUojDEA3A0Ahff0bgXUvBpi/ytSKaQlPUmTVMCqdoW1qdPn4KL",
+	"Qs+Aa2QOGsqW1+am6HCNupMFrTDnlKV0nMJLy7K8NxqRa6H0VMKH/3pLYsq50ETRZYt8eD6A0XRBl2Uc",
+	"+wNNTBV5LqSG5DdIGL01kntR8VQEBBlSEKDynNFhwrWRUpOoTgfej8XAqtS6EcRbNgfuYmQusTTXzJY9",
+	"SlNdmL+AY+/y2aMpm4N331Qyr+3qc7lxvU6Mf4dYY2h+j3Xg7lU0E0VTbXmFdaLpk0jGuJCk4EwrVCU2",
+	"IFTbPuoEm4Kttsr3HgNhL+utfC+WQDUk/6LmkmpzQjUEmmXgbfNU2z9Y+Z75818s2dhdFCw5tLGDkt4R",
+	"oiNlV4y1nf2V7xWqunHvuu626Cs61/v9UroVMRvi2KulS7vmH53mBtRU8iQyF7bcea15J/IJJZepKJJf",
+	"cIEinVZYVv1XmihNsZNm3JjqDSQm+UmgmTtKtcxiFVmHFhzuuO1FsS0CGs8I1VqycaHhnEQJ1TRCa//b",
+	"h/fvWuQNoIVK6/uapECVJoLHMCKx4KrIQCqSQFLkQMZLrKMj2y5tmiOe+px/bsroDe5AR6WaujCgXVSo",
+	"nGfLFZsNAFcHcypNrYnbkDFcWun8dOV71iw2lXJBPn68ejM/9dFJvhQWFIA5yA13ec5mu2izopDxBu1t",
+	"qxukY32SZEHVgXpH8fK+OmXDOVUO8RykYjY+lpd2WuGRMvpHZ+NM43eFteZG2y27UZZ8lWwwEJhg8dUh",
+	"5AR3HmqikaqdRroEEVz55JPFDCsFTWbU9s0/1x0tYcr5RULwLkyN8KiBo1xftQ6Rd7Yqf1xLf9uxj1RF",
+	"3S02lNLfyRI1rRuLrgzPXbRWohP7rnvZb46IYW+cR/8fSjv970k7PyB5HJMzrlMa27J7U9DfxEe3MX2q",
+	"Io6xXLk/KIHmiqQm0L0s1JAemiQMLYKm1zVuJjRVsF2SfZpR24+qBzCpqkV+g2yM6QbrMHSPhGAP6xMJ",
+	"uREkydwC7AdsF6tySFPGpxbPkzAplIXE9putafa9UScMQ/8oKyY/xxguXjkQzv6ODQoXZCJpjJsNSVwQ",
+	"eLRZr9HyM/roMO2w9s8/hHVvKbdmpBUj5sugPzjxdkUsbOBWvsW3T/o1QBtj5UfOYpHAOfn4FySlbBbG",
+	"QJQWEhLDFlN1wWb0sUSCT/r+FjCcU61B4t3//PzPu7sCD73/jz95z1nejmGVtfxOoDGwen9wuqvjBDRl",
+	"aQPaioa2oMq2iGXXY5hycNQzIcXgRGr34F+boEPfVlzWUoku764JkGnI1JG9jPUIby0hKiVdbudJxrFI",
+	"jKE5SbI1dlKlRaowKW6WlqmYtp7L5evgcjiKa6Zt/3swVJUJdLsqk5BSzebGn22x5JOobApV+wljwyry",
+	"rXQVyDkoQklOp0DoWBTasOOWb5YrzxZg+8Khy52Wr1pb4IyupoP7/dbstLkT69eWe1BcuTDQZbOWrcH5",
+	"djiFFTC5tsvt5OVkGHZeoaYp+XhzhWFrmgHX5yT6yTQDVRts9i9mIoXNwcJP7SqtHS+1kuJKTk3CuQGa",
+	"sOZ+OrcwhvqSbtRZDwdTWdcQkbAGj40KLtE9DUpCMvpgwGm1wGioUrFAAXJsABychBJYX+p7te0HSeg1",
+	"5mEDiX9jFq5JouRuV5Z4K8SFZHr5AeOIy3052zsTdRBbWTZbhBGrZhbPiFhwDBMGcrU5Fz+4npN8Mvjy",
+	"NmbHRQ22425SxQESSPw7jmegeJfuh9qkM6Jc8GUmCuX6SxMJkTsL+q3tbqZ1bjEexieiIX5wSyNekJvq",
+	"yvSzPpmJhdGtmGjbFGAnbdrs6Pr9h1viWraIOA0gzyTampJG55aD+szyjhsEzUXXBlxtClqtv7EW55OJ",
+	"FBmhfGlDmMQuVLO0mqHAY45EtO74HTdTElvjRPuAMjdjxeRoSxWTt6z852b6YmMEJKM1LXtpvuMZXZZo",
+	"4NiM7rWb2xv1pCwGrkz4drPC365uvXXoXw+ptDMZz/eqlhU71VaIy0UOnObMG3m9VtjqeaaGmBnDbSci",
+	"Nn9MwZRu1RD8KvFG3l9Bv8HftyaP3TDcAhaxL2zPdJZuIokNI8xd/8CcYlCYVNDEFKYzbBKN5iBVsEAn",
+	"cABhkWVULk0CM6lIC4Ieb8FrubQZGOnC+gvNmU5N/1expbx7PMiw3X6asBRWz3H/KzPpqP4Y4vOTHeWi",
+	"GNeD3IldeDyWfX+cXGMbtg+Nws263+mcWuF+gxaQeDOm6of9fYVTRWy7mrxtasWUgdrplFBNjJytYg9p",
+	"I2Vz+PchPVRw8LMS28Gzjoa2qzsaJHSFgWzbBq9UWQRh60csDH2AS+eGrSW1frKP2cu1/X4Fs+WpX6n3",
+	"0lm2mbtFT0pEXGT2XcJ+rmQ5vMD82ZwCS/Bf5LZxPccchl/6JHpaRdXsyXSakARYX7reywbk7ViKqZFp",
+	"3EBjWL/gQVLuuJhUTWwiTKObmZbJd1llTtMCSCJM3Pf8LQUYsMAOBHacvsl81kvaWy+kVv6zO9w7lyNW",
+	"1h+72MBhBPFaJMs/zAM2kIYGe7lwz4FqzyR+mDfWgZs9pmsrEHhkSqsWwZYmT+nSlEiVvdjiznd1N0+I",
+	"G5/ZeedG4XFjtkMSbc3k6mt+sfVCs5VrloGrL2xxV73UcOWvqR16vd7w1Wbd3w27J0HYCcLubWcwCvuj",
+	"cPDfBxPJkZDdVAS7qaKJ5V1+riVgNeLEhPdHDuhFptwTMIsZqforM8FNT7MThMZCpEC5oeCtsBZxAAXH",
+	"XtQGlvZTCY6tok2plQvCztkwpIMkoPHwJDg97Y+DcRxDMO6F3XA4pGfh4PQ4aR5uXe3suW9t/HB6rD3N",
+	"Mls6z2/ZeCBgNg2f37T7pAR3dnpHUFh/eGU2DY6hsWHCjJu73ec3Nz6oMpuPYHT7vcjK9wbHKGLzBZTZ",
+	"1TtKF9X7gnrDZ3JA2ep9vl/5TxiJ1znThCv0BmfDwplRmTrdnKmWNmvWfagi2JOOGmrQGlh+jME3Yd3H",
+	"1KXfGdcPRvTWd/jMV5Wu/69s760QD1hxl9a3z+62EL5DVlfiw8fYnfnvB/Q+39BTrpsQSz/JgHKLrSzM",
+	"T4Ik4rtbnbIBxRPhMU8p4wYgdXeWWOa+qtngVPWWZyv9rt8WZYUyw4IKFTOcZGwqzQjUvVYwwLMNzX6F",
+	"RVhdtHZK3L+CXgOCP9DX15c0+/uSxJS3vt01KmVcllZvYBQLSO2VvnEqOS+NuZCpA7xG7XYqYprOhNKj",
+	"s/AsNIW2O+RpI8IqU7LvjipQ/WBtbYIfQeQW5C03rylZ3a/+JwAA//8=",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,
