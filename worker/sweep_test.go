@@ -604,3 +604,56 @@ func TestTrimmingWhileEventsFlowLosesNone(t *testing.T) {
 	b.eventually("the stream is empty", func() bool { return b.redis.XLen(t.Context(), broker.Stream).Val() == 0 })
 	b.settled(orders)
 }
+
+func TestMakingAPartitionDoesNotStandInTheWayOfPublishing(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	if _, err := b.pool.Exec(t.Context(), "DROP TABLE outbox_published_"+time.Now().UTC().AddDate(0, 0, 3).Format("20060102")); err != nil {
+		t.Fatal(err)
+	}
+	reader, err := b.pool.Begin(t.Context()) // an audit, or a dump
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Rollback(context.Background())
+	if _, err := reader.Exec(t.Context(), "SELECT count(*) FROM outbox_published"); err != nil {
+		t.Fatal(err)
+	}
+	made := make(chan error, 1)
+	go func() { _, err := createPartitions(t.Context(), b.pool); made <- err }()
+	b.eventually("making the partition waits for the reader", func() bool {
+		return b.count("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'outbox_published_default'::regclass") == 1
+	})
+	if n := b.count("SELECT count(*) FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND relation = 'outbox_published'::regclass"); n != 0 {
+		t.Error("it has the archive as a whole locked, and publishing waits behind it")
+	}
+	b.place(2)
+	b.mustRun(b.relay(b.broker), 2)
+	if err := <-made; err == nil || !strings.Contains(err.Error(), "lock timeout") {
+		t.Errorf("it waited for the reader: %v", err)
+	}
+	if err := reader.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if created, err := createPartitions(t.Context(), b.pool); err != nil || created != 1 {
+		t.Errorf("afterwards it made %d, %v; want 1", created, err)
+	}
+}
+
+func TestPartitionsAreMadeAhead(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	partitions := func() int {
+		return b.count("SELECT count(*) FROM pg_inherits WHERE inhparent = 'outbox_published'::regclass")
+	}
+	before := partitions()
+	if _, err := b.pool.Exec(t.Context(), "DROP TABLE "+"outbox_published_"+time.Now().UTC().AddDate(0, 0, 3).Format("20060102")); err != nil {
+		t.Fatal(err)
+	}
+	stop := b.start(func(ctx context.Context) { NewSweeper(b.pool, nil, 72*time.Hour, b.logger()).Run(ctx) })
+	b.eventually("the partition is back", func() bool { return partitions() == before })
+	stop()
+	if before != daysAhead+2 { // today, the days ahead, and the default
+		t.Errorf("there are %d partitions; want %d", before, daysAhead+2)
+	}
+}
