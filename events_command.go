@@ -30,8 +30,8 @@ import (
 )
 
 const (
-	// defaultDeadShown is how many dead events are listed, unless --limit says otherwise.
-	defaultDeadShown = 50
+	// defaultShown is how many dead events, or parked orders, are listed, unless --limit says otherwise.
+	defaultShown = 50
 	// reasonShown is how much of a reason a line of the list has.
 	reasonShown = 100
 	// Progress is shown so often on a terminal, and so often elsewhere.
@@ -48,6 +48,7 @@ Usage:
   idempotent-orders events replay        --from T --to T [--order ID] [--type T] [--force-consumers] [--after N]
                                          [--rate N] [--dry-run] [--yes]
   idempotent-orders events park|unpark   --order ID [--dry-run] [--yes]
+  idempotent-orders events parked        [--limit N] [--json]
 
   dead list     the events that were refused for good: by the publisher's broker, or by a consumer
   dead show     a whole dead event, as JSON
@@ -59,6 +60,7 @@ Usage:
                 do nothing; with --force-consumers they do everything again: a second mail goes out
   park          hold back the events of an order, until unpark
   unpark        let them go on
+  parked        the orders whose events are held back, and how many wait
 
   --id ID            the event; may be repeated
   --order ID         the order
@@ -79,7 +81,7 @@ how. The exit code is 0 when everything was done, or nothing was to do; 1 when i
 variables are those of every command; Redis is needed by requeue and replay only.
 `
 
-func eventsUsage() string { return fmt.Sprintf(eventsUsageText, defaultDeadShown, operate.DefaultRate) }
+func eventsUsage() string { return fmt.Sprintf(eventsUsageText, defaultShown, operate.DefaultRate) }
 
 // eventsOptions are what the command line asks for.
 type eventsOptions struct {
@@ -100,6 +102,7 @@ var eventsOptionsOf = map[string]string{
 	"replay":       "from to | order type force-consumers after rate dry-run yes",
 	"park":         "order | dry-run yes",
 	"unpark":       "order | dry-run yes",
+	"parked":       "| limit json",
 }
 
 // checkEvents reads the command line of events as parse does: it tells what is wrong, or shows the help.
@@ -140,7 +143,7 @@ func parseEvents(args []string) (o eventsOptions, err error) {
 	flags.Func("from", "", momentInto(&o.span.From))
 	flags.Func("to", "", momentInto(&o.span.To))
 	flags.Int64Var(&o.span.After, "after", 0, "")
-	flags.IntVar(&o.limit, "limit", defaultDeadShown, "")
+	flags.IntVar(&o.limit, "limit", defaultShown, "")
 	flags.IntVar(&o.rate, "rate", operate.DefaultRate, "")
 	flags.BoolVar(&o.json, "json", false, "")
 	flags.BoolVar(&o.force, "force-consumers", false, "")
@@ -153,9 +156,9 @@ func parseEvents(args []string) (o eventsOptions, err error) {
 	case err != nil:
 		return o, err
 	case o.action == "" || o.action == "dead":
-		return o, errors.New("say what to do: dead list, dead show, dead requeue, dead drop, replay, park or unpark")
+		return o, errors.New("say what to do: dead list, dead show, dead requeue, dead drop, replay, park, unpark or parked")
 	case !known:
-		return o, fmt.Errorf("%q is not something to do: dead list, dead show, dead requeue, dead drop, replay, park or unpark", o.action)
+		return o, fmt.Errorf("%q is not something to do: dead list, dead show, dead requeue, dead drop, replay, park, unpark or parked", o.action)
 	case flags.NArg() > 0:
 		return o, fmt.Errorf("%q is not an option", flags.Arg(0))
 	}
@@ -297,6 +300,8 @@ func (d *operatorsDesk) do(ctx context.Context) error {
 		return d.drop(ctx)
 	case "replay":
 		return d.replay(ctx)
+	case "parked":
+		return d.parked(ctx)
 	default:
 		return d.park(ctx)
 	}
@@ -492,6 +497,52 @@ func (d *operatorsDesk) park(ctx context.Context) error {
 	}
 	fmt.Fprintf(d.stdout, "Order %s is %sed, with %s waiting.\n", order, d.action, plural(int64(now.Events)))
 	return nil
+}
+
+func (d *operatorsDesk) parked(ctx context.Context) error {
+	parked, err := d.operator.FindParked(ctx, int64(d.limit)+1)
+	if err != nil {
+		return err
+	}
+	more := len(parked) > d.limit
+	parked = parked[:min(len(parked), d.limit)]
+	if d.json {
+		err = writeParkedJSON(d.stdout, parked)
+	} else {
+		err = writeParkedTable(d.stdout, parked)
+	}
+	if more {
+		fmt.Fprintf(d.stderr, "More orders are parked than these %d; see more with --limit.\n", d.limit)
+	}
+	return err
+}
+
+func writeParkedJSON(w io.Writer, parked []operate.Parked) error {
+	out := json.NewEncoder(w)
+	for _, p := range parked {
+		err := out.Encode(struct {
+			OrderID  uuid.UUID `json:"order_id"`
+			ParkedAt time.Time `json:"parked_at"`
+			Events   int       `json:"events"`
+		}{p.Order, p.Since.UTC(), p.Events})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func writeParkedTable(w io.Writer, parked []operate.Parked) error {
+	if len(parked) == 0 {
+		_, err := fmt.Fprintln(w, "No order is parked.")
+		return err
+	}
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "ORDER\tAGE\tEVENTS")
+	for _, p := range parked {
+		fmt.Fprintf(table, "%s\t%s\t%d\n", p.Order, time.Since(p.Since).Round(time.Second), p.Events)
+	}
+	return table.Flush()
 }
 
 // confirmed shows how many events there are to do, and tells whether to go on with them.

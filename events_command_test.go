@@ -62,6 +62,8 @@ func TestEventsSaysWhatIsWrongWithTheCommandLine(t *testing.T) {
 		"park":                          "park needs --order",
 		"unpark --yes":                  "unpark needs --order",
 		"park --id " + uuid.NewString(): "--id is not an option of park",
+		"parked --limit 0":              "--limit is 0",
+		"parked --yes":                  "--yes is not an option of parked",
 	} {
 		var out, errs bytes.Buffer
 		command, _, err := parse(append([]string{"events"}, strings.Fields(args)...), &out, &errs)
@@ -131,6 +133,41 @@ func TestDeadEventsAreListedAndShownWithoutRedis(t *testing.T) {
 	}
 	if n := count(t, pool, "SELECT count(*) FROM operations"); n != 0 {
 		t.Errorf("%d operations are noted", n)
+	}
+}
+
+func TestParkedOrdersAreListedWithWhatWaitsOfThem(t *testing.T) {
+	t.Parallel()
+	pool, env := deadEvents(t, 0)
+	if out, errs, code := finish(t, env, "events", "parked"); code != 0 || out != "No order is parked.\n" {
+		t.Errorf("%d\n%s%s", code, out, errs)
+	}
+	orders := []uuid.UUID{uuid.New(), uuid.New(), uuid.New()}
+	_, err := pool.Exec(t.Context(), `WITH parked AS (
+			INSERT INTO outbox_parked (aggregate_id, parked_at) SELECT unnest($1::uuid[]), now() - generate_series(3, 1, -1) * interval '1 hour'
+		), held AS (
+			INSERT INTO outbox_held (id, event_id, aggregate_id, event_type, source, payload, created_at)
+			SELECT nextval('outbox_id_seq'), gen_random_uuid(), $2, 't', 's', '{}', now() FROM generate_series(1, 2)
+		)
+		INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload)
+		SELECT gen_random_uuid(), unnest(ARRAY[$2::uuid, gen_random_uuid()]), 't', 's', '{}'`, orders, orders[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, errs, code := finish(t, env, "events", "parked", "--limit", "2")
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	if code != 0 || len(lines) != 3 || !strings.HasPrefix(lines[0], "ORDER") || strings.Join(strings.Fields(lines[1]), " ") != orders[0].String()+" 3h0m0s 3" ||
+		!strings.HasPrefix(lines[2], orders[1].String()) || !strings.Contains(errs, "--limit") {
+		t.Errorf("%d\n%s%s", code, out, errs)
+	}
+	out, errs, code = finish(t, env, "events", "parked", "--json")
+	lines = strings.Split(strings.TrimSpace(out), "\n")
+	var last struct {
+		OrderID uuid.UUID `json:"order_id"`
+		Events  int
+	}
+	if err := json.Unmarshal([]byte(lines[len(lines)-1]), &last); err != nil || code != 0 || errs != "" || len(lines) != 3 || last.OrderID != orders[2] || last.Events != 0 {
+		t.Errorf("%d, %v\n%s%s", code, err, out, errs)
 	}
 }
 

@@ -3,6 +3,7 @@ package operate
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -26,6 +27,28 @@ func (o *Operator) Waiting(ctx context.Context, order uuid.UUID) (w Waiting, err
 		return w, fmt.Errorf("count the events of order %s: %w", order, err)
 	}
 	return w, nil
+}
+
+// Parked is an order whose events are held back.
+type Parked struct {
+	Order  uuid.UUID
+	Since  time.Time
+	Events int // that wait to be published
+}
+
+// FindParked returns parked orders, at most limit, those first that were parked first.
+func (o *Operator) FindParked(ctx context.Context, limit int64) (parked []Parked, err error) {
+	err = o.analyse(ctx, func(q *db.Queries) error {
+		rows, err := q.FindParked(ctx, limit)
+		for _, row := range rows {
+			parked = append(parked, Parked{Order: row.AggregateID, Since: row.ParkedAt, Events: int(row.Events)})
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("find parked orders: %w", err)
+	}
+	return parked, nil
 }
 
 // Park holds back the events of an order, those that wait and those to come, until Unpark. What a relay publishes at this

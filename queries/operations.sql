@@ -100,6 +100,16 @@ SELECT ((SELECT count(*) FROM outbox o WHERE o.aggregate_id = @aggregate_id::uui
       + (SELECT count(*) FROM outbox_held h WHERE h.aggregate_id = @aggregate_id::uuid))::bigint AS events,
        EXISTS (SELECT FROM outbox_parked k WHERE k.aggregate_id = @aggregate_id::uuid) AS parked;
 
+-- name: FindParked :many
+-- The parked orders, first those that were parked first, and how many events of each wait to be published.
+SELECT k.aggregate_id, k.parked_at, COALESCE(w.events, 0)::bigint AS events
+FROM outbox_parked k LEFT JOIN (
+    SELECT e.aggregate_id, count(*) AS events
+    FROM (SELECT aggregate_id FROM outbox UNION ALL SELECT aggregate_id FROM outbox_held) AS e
+    WHERE e.aggregate_id IN (SELECT aggregate_id FROM outbox_parked) GROUP BY e.aggregate_id
+) AS w ON w.aggregate_id = k.aggregate_id
+ORDER BY k.parked_at, k.aggregate_id LIMIT @most::bigint;
+
 -- name: ParkOrder :execrows
 INSERT INTO outbox_parked (aggregate_id) VALUES (@aggregate_id) ON CONFLICT DO NOTHING;
 

@@ -244,6 +244,43 @@ func (q *Queries) FindDeadAtBroker(ctx context.Context, ids []int64) ([]FindDead
 	return items, nil
 }
 
+const findParked = `-- name: FindParked :many
+SELECT k.aggregate_id, k.parked_at, COALESCE(w.events, 0)::bigint AS events
+FROM outbox_parked k LEFT JOIN (
+    SELECT e.aggregate_id, count(*) AS events
+    FROM (SELECT aggregate_id FROM outbox UNION ALL SELECT aggregate_id FROM outbox_held) AS e
+    WHERE e.aggregate_id IN (SELECT aggregate_id FROM outbox_parked) GROUP BY e.aggregate_id
+) AS w ON w.aggregate_id = k.aggregate_id
+ORDER BY k.parked_at, k.aggregate_id LIMIT $1::bigint
+`
+
+type FindParkedRow struct {
+	AggregateID uuid.UUID
+	ParkedAt    time.Time
+	Events      int64
+}
+
+// The parked orders, first those that were parked first, and how many events of each wait to be published.
+func (q *Queries) FindParked(ctx context.Context, most int64) ([]FindParkedRow, error) {
+	rows, err := q.db.Query(ctx, findParked, most)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	items := []FindParkedRow{}
+	for rows.Next() {
+		var i FindParkedRow
+		if err := rows.Scan(&i.AggregateID, &i.ParkedAt, &i.Events); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const findPublishedBetween = `-- name: FindPublishedBetween :many
 SELECT p.published_at, p.id, p.event_id, p.aggregate_id, p.event_type, p.source, p.payload, p.traceparent, p.created_at, now()::timestamptz AS replayed_at
 FROM outbox_published p
