@@ -117,6 +117,24 @@ func (e OrderCreatedV1Datacontenttype) Valid() bool {
 	}
 }
 
+// Defines values for OrderCreatedV1Replay.
+const (
+	OrderCreatedV1ReplayForce  OrderCreatedV1Replay = "force"
+	OrderCreatedV1ReplayReplay OrderCreatedV1Replay = "replay"
+)
+
+// Valid indicates whether the value is a known member of the OrderCreatedV1Replay enum.
+func (e OrderCreatedV1Replay) Valid() bool {
+	switch e {
+	case OrderCreatedV1ReplayForce:
+		return true
+	case OrderCreatedV1ReplayReplay:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for OrderPlacedStatus.
 const (
 	OrderPlacedStatusSuccess OrderPlacedStatus = "success"
@@ -203,7 +221,9 @@ type Order struct {
 type OrderStatus string
 
 // OrderCreatedV1 The event `order.created.v1`, a CloudEvents 1.0 event. It stands in the Redis stream `orders.events` with one
-// field for each attribute; `data` is JSON. Delivery is at least once: consumers dedupe by `id`.
+// field for each attribute; `data` is JSON. Delivery is at least once: consumers dedupe by `id`. With
+// `EVENT_BROKER=redis-pubsub` it is published on the channel `orders.events` instead, as one JSON object, and
+// reaches those who listen at that moment only.
 type OrderCreatedV1 struct {
 	Specversion OrderCreatedV1Specversion `json:"specversion"`
 
@@ -218,8 +238,15 @@ type OrderCreatedV1 struct {
 	Datacontenttype OrderCreatedV1Datacontenttype `json:"datacontenttype"`
 
 	// Traceparent The W3C Trace Context of the request, when it had one (CloudEvents distributed tracing extension).
-	Traceparent *string            `json:"traceparent,omitempty"`
-	Data        OrderCreatedV1Data `json:"data"`
+	Traceparent *string `json:"traceparent,omitempty"`
+
+	// Replay Only on an event that an operator published again. `replay`: who has finished the event does nothing.
+	// `force`: who finished it before `replaytime` does everything again.
+	Replay *OrderCreatedV1Replay `json:"replay,omitempty"`
+
+	// Replaytime When the operator published it again, by the database's clock. There whenever `replay` is.
+	Replaytime *time.Time         `json:"replaytime,omitempty"`
+	Data       OrderCreatedV1Data `json:"data"`
 }
 
 // OrderCreatedV1Specversion defines model for OrderCreatedV1.Specversion.
@@ -233,6 +260,10 @@ type OrderCreatedV1Type string
 
 // OrderCreatedV1Datacontenttype defines model for OrderCreatedV1.Datacontenttype.
 type OrderCreatedV1Datacontenttype string
+
+// OrderCreatedV1Replay Only on an event that an operator published again. `replay`: who has finished the event does nothing.
+// `force`: who finished it before `replaytime` does everything again.
+type OrderCreatedV1Replay string
 
 // OrderCreatedV1Data defines model for OrderCreatedV1Data.
 type OrderCreatedV1Data struct {
@@ -3301,64 +3332,68 @@ func (sh *strictHandler) GetReadiness(w http.ResponseWriter, r *http.Request) {
 // const string: with thousands of chunks the chained `+` fold is several
 // times slower for the Go compiler than parsing a slice literal.
 var swaggerSpec = []string{
-	"3Frrcts4ln4VFHuqprNDStTNtuTaH47TPeWZdOJ1nEnVxp4hRB5JaJMAA4CSNS69+9YBQIqSKFlJOt7a",
-	"zZ9YEi7nfvkOnrxYZLngwLXyRk/eDGgC0vx5A1oug4uJBokfE1CxZLlmgnsj7wPEgieKaEEWlGkyhomQ",
-	"QBTwhPEpoVPKeMvzPQlfCiYh8UZaFuB7Kp5BRvG8jHGWFZk36vieXubgjTzGNUxBeqvVyvdyKmkG2hFz",
-	"lUCWCw08Xv4dlrv03M6AxDRNQf5ZEU4zIBMhiZ4xRYRMQI5IB2ntDgZkzhQbp0AuPlxeXZF4RiWN8Rqf",
-	"jKkEIiShilDypRAaEqK0LGJdSEiCCYPUfMH49I7/fPPrJRmeDDqvzslY6BlemLm79QyIwj8eYNkiF/gf",
-	"GUMq+NRITFfEEsoT81HkICny0rrjnu/BI83yFGVyBmFveHoGQT9MBkG/lyTBOB72gpOzYZ8OTifDXrfv",
-	"+R5DIVjleb6HRHijutAClNoz6ngLfKpndYVYXj1Ux7WESZMhRKj+/3wXESOP024/fDUiixlLgVBOgMqU",
-	"gTR2QcTEsIrCYIoUPAFJFnTpWwsqchTNO6KsZfmEapIJpUkn9I0ymVZ3nHK1AEkYVxqoOTLqh8OoRd7r",
-	"GUiSGyqBx6AIKpNNuZCQbAvV0DzYJzbHal06u/K4lTSGnErgelcon3qXxCwgl4JreNTnJKZSMkiI4KUF",
-	"GLv8syIwB65b5IITxuc0ZbgGUEIl8Rukh2EQ0snpyaAz7JzECRrEWb9/BuNupxOfhb3OMA7GpzQ5GZ92",
-	"TobdsNfrdYKws49XXWPjEMMrtB2VC67A+ONrmtzAlwKU4T5GLq0gaJ6nLDam3M6lGKeQ/eV3hVJ5qh3/",
-	"JwkTb+T91F5Hn7b9VbWv7S576ZaxsZpFP8AyyJhSjE8jn+z85IQZoUNH7kMgLc1Ry1v53muRLG+FeEvl",
-	"FF6Ui7FIloEWIkjx6mhExBwkOemTv7PXhrLNaHcDhUKX/V+UszQkRKPKgWkqgSZLE+4UoVwY93PitTxw",
-	"DZLT9BcphXxZ4t3NAeDV0YhQMqFFqjFaiEKqFsFsIQodiwxsKHrgYsHPN9MXWTA92wjluFbRCRj+3gn9",
-	"qyj4y+qFCx1M8FarCmnI54KDT0yExI+lMsp0aKh1znrFr6WYSlDqRcl2dhEwHuTufmdLEyaVrqUHpipB",
-	"a5am6yyBUXB/cdJEmFvdri81xN0K8RvlSyeSl5UEen1G+bKMRKr0fl0vYCTV8Acy/JHTQs+EZP9+4TBS",
-	"1C52Clcg5ywGMqOKXFxfobYx17syaAxUojDEA3A0Ahff0bgXUvBpi/ytSKaQlPUmTVMCqdoW1qdPn4KL",
-	"Qs+Aa2QOGsqW1+am6HCNupMFrTDnlKV0nMJLy7K8NxqRa6H0VMKH/3pLYsq50ETRZYt8eD6A0XRBl2Uc",
-	"+wNNTBV5LqSG5DdIGL01kntR8VQEBBlSEKDynNFhwrWRUpOoTgfej8XAqtS6EcRbNgfuYmQusTTXzJY9",
-	"SlNdmL+AY+/y2aMpm4N331Qyr+3qc7lxvU6Mf4dYY2h+j3Xg7lU0E0VTbXmFdaLpk0jGuJCk4EwrVCU2",
-	"IFTbPuoEm4Kttsr3HgNhL+utfC+WQDUk/6LmkmpzQjUEmmXgbfNU2z9Y+Z75818s2dhdFCw5tLGDkt4R",
-	"oiNlV4y1nf2V7xWqunHvuu626Cs61/v9UroVMRvi2KulS7vmH53mBtRU8iQyF7bcea15J/IJJZepKJJf",
-	"cIEinVZYVv1XmihNsZNm3JjqDSQm+UmgmTtKtcxiFVmHFhzuuO1FsS0CGs8I1VqycaHhnEQJ1TRCa//b",
-	"h/fvWuQNoIVK6/uapECVJoLHMCKx4KrIQCqSQFLkQMZLrKMj2y5tmiOe+px/bsroDe5AR6WaujCgXVSo",
-	"nGfLFZsNAFcHcypNrYnbkDFcWun8dOV71iw2lXJBPn68ejM/9dFJvhQWFIA5yA13ec5mu2izopDxBu1t",
-	"qxukY32SZEHVgXpH8fK+OmXDOVUO8RykYjY+lpd2WuGRMvpHZ+NM43eFteZG2y27UZZ8lWwwEJhg8dUh",
-	"5AR3HmqikaqdRroEEVz55JPFDCsFTWbU9s0/1x0tYcr5RULwLkyN8KiBo1xftQ6Rd7Yqf1xLf9uxj1RF",
-	"3S02lNLfyRI1rRuLrgzPXbRWohP7rnvZb46IYW+cR/8fSjv970k7PyB5HJMzrlMa27J7U9DfxEe3MX2q",
-	"Io6xXLk/KIHmiqQm0L0s1JAemiQMLYKm1zVuJjRVsF2SfZpR24+qBzCpqkV+g2yM6QbrMHSPhGAP6xMJ",
-	"uREkydwC7AdsF6tySFPGpxbPkzAplIXE9putafa9UScMQ/8oKyY/xxguXjkQzv6ODQoXZCJpjJsNSVwQ",
-	"eLRZr9HyM/roMO2w9s8/hHVvKbdmpBUj5sugPzjxdkUsbOBWvsW3T/o1QBtj5UfOYpHAOfn4FySlbBbG",
-	"QJQWEhLDFlN1wWb0sUSCT/r+FjCcU61B4t3//PzPu7sCD73/jz95z1nejmGVtfxOoDGwen9wuqvjBDRl",
-	"aQPaioa2oMq2iGXXY5hycNQzIcXgRGr34F+boEPfVlzWUoku764JkGnI1JG9jPUIby0hKiVdbudJxrFI",
-	"jKE5SbI1dlKlRaowKW6WlqmYtp7L5evgcjiKa6Zt/3swVJUJdLsqk5BSzebGn22x5JOobApV+wljwyry",
-	"rXQVyDkoQklOp0DoWBTasOOWb5YrzxZg+8Khy52Wr1pb4IyupoP7/dbstLkT69eWe1BcuTDQZbOWrcH5",
-	"djiFFTC5tsvt5OVkGHZeoaYp+XhzhWFrmgHX5yT6yTQDVRts9i9mIoXNwcJP7SqtHS+1kuJKTk3CuQGa",
-	"sOZ+OrcwhvqSbtRZDwdTWdcQkbAGj40KLtE9DUpCMvpgwGm1wGioUrFAAXJsABychBJYX+p7te0HSeg1",
-	"5mEDiX9jFq5JouRuV5Z4K8SFZHr5AeOIy3052zsTdRBbWTZbhBGrZhbPiFhwDBMGcrU5Fz+4npN8Mvjy",
-	"NmbHRQ22425SxQESSPw7jmegeJfuh9qkM6Jc8GUmCuX6SxMJkTsL+q3tbqZ1bjEexieiIX5wSyNekJvq",
-	"yvSzPpmJhdGtmGjbFGAnbdrs6Pr9h1viWraIOA0gzyTampJG55aD+szyjhsEzUXXBlxtClqtv7EW55OJ",
-	"FBmhfGlDmMQuVLO0mqHAY45EtO74HTdTElvjRPuAMjdjxeRoSxWTt6z852b6YmMEJKM1LXtpvuMZXZZo",
-	"4NiM7rWb2xv1pCwGrkz4drPC365uvXXoXw+ptDMZz/eqlhU71VaIy0UOnObMG3m9VtjqeaaGmBnDbSci",
-	"Nn9MwZRu1RD8KvFG3l9Bv8HftyaP3TDcAhaxL2zPdJZuIokNI8xd/8CcYlCYVNDEFKYzbBKN5iBVsEAn",
-	"cABhkWVULk0CM6lIC4Ieb8FrubQZGOnC+gvNmU5N/1expbx7PMiw3X6asBRWz3H/KzPpqP4Y4vOTHeWi",
-	"GNeD3IldeDyWfX+cXGMbtg+Nws263+mcWuF+gxaQeDOm6of9fYVTRWy7mrxtasWUgdrplFBNjJytYg9p",
-	"I2Vz+PchPVRw8LMS28Gzjoa2qzsaJHSFgWzbBq9UWQRh60csDH2AS+eGrSW1frKP2cu1/X4Fs+WpX6n3",
-	"0lm2mbtFT0pEXGT2XcJ+rmQ5vMD82ZwCS/Bf5LZxPccchl/6JHpaRdXsyXSakARYX7reywbk7ViKqZFp",
-	"3EBjWL/gQVLuuJhUTWwiTKObmZbJd1llTtMCSCJM3Pf8LQUYsMAOBHacvsl81kvaWy+kVv6zO9w7lyNW",
-	"1h+72MBhBPFaJMs/zAM2kIYGe7lwz4FqzyR+mDfWgZs9pmsrEHhkSqsWwZYmT+nSlEiVvdjiznd1N0+I",
-	"G5/ZeedG4XFjtkMSbc3k6mt+sfVCs5VrloGrL2xxV73UcOWvqR16vd7w1Wbd3w27J0HYCcLubWcwCvuj",
-	"cPDfBxPJkZDdVAS7qaKJ5V1+riVgNeLEhPdHDuhFptwTMIsZqforM8FNT7MThMZCpEC5oeCtsBZxAAXH",
-	"XtQGlvZTCY6tok2plQvCztkwpIMkoPHwJDg97Y+DcRxDMO6F3XA4pGfh4PQ4aR5uXe3suW9t/HB6rD3N",
-	"Mls6z2/ZeCBgNg2f37T7pAR3dnpHUFh/eGU2DY6hsWHCjJu73ec3Nz6oMpuPYHT7vcjK9wbHKGLzBZTZ",
-	"1TtKF9X7gnrDZ3JA2ep9vl/5TxiJ1znThCv0BmfDwplRmTrdnKmWNmvWfagi2JOOGmrQGlh+jME3Yd3H",
-	"1KXfGdcPRvTWd/jMV5Wu/69s760QD1hxl9a3z+62EL5DVlfiw8fYnfnvB/Q+39BTrpsQSz/JgHKLrSzM",
-	"T4Ik4rtbnbIBxRPhMU8p4wYgdXeWWOa+qtngVPWWZyv9rt8WZYUyw4IKFTOcZGwqzQjUvVYwwLMNzX6F",
-	"RVhdtHZK3L+CXgOCP9DX15c0+/uSxJS3vt01KmVcllZvYBQLSO2VvnEqOS+NuZCpA7xG7XYqYprOhNKj",
-	"s/AsNIW2O+RpI8IqU7LvjipQ/WBtbYIfQeQW5C03rylZ3a/+JwAA//8=",
+	"3Fptc9s2tv4rGHZn2twlJcqSbEuZ/ZC37nibJr6O08zc2FtC5JGEmgQYAJSsevTf7xwApEiJkpW09Z27",
+	"+RJLIojzhuec8xw8eLHIcsGBa+WNH7w50ASk+fMKtFwFL6YaJH5MQMWS5ZoJ7o29DxALniiiBVlSpskE",
+	"pkICUcATxmeEzijjHc/3JHwpmITEG2tZgO+peA4ZxfdljLOsyLxxz/f0Kgdv7DGuYQbSW6/XvpdTSTPQ",
+	"TpiLBLJcaODx6idY7cpzPQcS0zQF+b0inGZApkISPWeKCJmAHJMeynoyHJIFU2ySAnnx4dXFBYnnVNIY",
+	"t/HJhEogQhKqCCVfCqEhIUrLItaFhCSYMkjNF4zPbvgPVz++IqPTYe/ZczIReo4bZm5vPQei8I87WHXI",
+	"C/yPTCAVfGYspithCeWJ+ShykBR16dxwz/fgnmZ5ijY5h7A/OjuHYBAmw2DQT5JgEo/6wen5aECHZ9NR",
+	"/2Tg+R5DI1jneb6HQnjjutECtNoj7ngLfKbndYdYXT10x6WEaVsgROj+f7yLiLHH2ckgfDYmyzlLgVBO",
+	"gMqUgTRxQcTUqIrGYIoUPAFJlnTl2wgqcjTNO6JsZPmEapIJpUkv9I0zmVY3nHK1BEkYVxqoeWU0CEdR",
+	"h7zXc5AkN1ICj0ERdCabcSEh2TaqkXm4z2xO1bp1du1xLWkMOZXA9a5RPvVfEfMAeSW4hnv9nMRUSgYJ",
+	"EbyMABOX3ysCC+C6Q15wwviCpgyfAbRQKXxD9DAMQjo9Ox32Rr3TOMGAOB8MzmFy0uvF52G/N4qDyRlN",
+	"TidnvdPRSdjv93tB2Nunq66pcUjhNcaOygVXYM7jS5pcwZcClNE+Ri2tIWiepyw2odzNpZikkP39N4VW",
+	"eai9/m8Spt7Y+667QZ+u/VV1L+0qu+lWsLFaRN/BKsiYUozPIp/s/OSMGeGBjtyHQFqZo4639r2XIlld",
+	"C/GWyhk8qRYTkawCLUSQ4tbRmIgFSHI6ID+xl0ayJtpdQaHwyP4f2lkaEaJxdYBpKoEmKwN3ilAuzPFz",
+	"5rU6cA2S0/SNlEI+rfBu5wBw62hMKJnSItWIFqKQqkMwW4hCxyIDC0V3XCz582b6Ikum5w0ox2cVnYLR",
+	"753QP4qCP61fuNDBFHe1rpBGfC44+MQgJH4snVGmQyOtO6wX/FKKmQSlnlRsFxcB40Hu9nexNGVS6Vp6",
+	"YKoytGZpuskSiIL7i5M2wdzT3fqjRrhrIX6mfOVM8rSWwFOfUb4qkUiVp1/XCxhJNfyJCn/ktNBzIdnv",
+	"TwwjRW1j53AFcsFiIHOqyIvLC/Q25npXBk2ASjSGuAOOQeDwHYN7KQWfdci/imQGSVlv0jQlkKptY336",
+	"9Cl4Ueg5cI3KQUvZ8tLsFB2uUXeyoDXmgrKUTlJ4aluW+0ZjcimUnkn48N9vSUw5F5oouuqQD48DGE2X",
+	"dFXi2J8YYqrIcyE1JD9Dwui1sdyTmqcSIMhQggCd54IOE65FSk2iuhy4PxYD69LrxhBv2QK4w8hcYmmu",
+	"mS17lKa6MH8Bx97ls0dTtgDvtq1k3sTV53Lh5jkx+Q1ijdD8HuvA3a1oJoq22vIC60TTJ5GMcSFJwZlW",
+	"6EpsQKi2fdQpNgVbbZXv3QfCbtZf+14sgWpIfqVmk2pxQjUEmmXgbetUWz9c+57581eWNFYXBUsOLeyh",
+	"pXeM6ETZNWNt5WDte4Wqdtz73Mm26Ss5N+v90rqVMA1z7PXSK/vML732BtRU8iQyG3bc+zqLXuQTSl6l",
+	"okje4AOK9DphWfVfaKI0xU6acROqV5CY5CeBZu5VqmMeVpE90ILDDbe9KLZFQOM5oVpLNik0PCdRQjWN",
+	"MNr/9eH9uw55DRih0p59TVKgShPBYxiTWHBVZCAVSSApciCTFdbRUYd8Ynp+w6M3v7x5d/3ry6v3P725",
+	"+odEyYK8mKhiErlaIy8mKVNz19dgCptTziHdkdw1bD721tjeoGzEWteg/w2XqAgooudCAVnOBUmZ0sBR",
+	"aD03zWCG5hU8Xdl+rnleUO3HAKTpxNe4ApGEaupwSjvYqk73Fla0Ryg+HSyoNMUwLkPt8NEqKM/Wvmfj",
+	"thk1L8jHjxevF2c+nuIvhWUtYAGycZ4fO1QnJuLzlLYQI+95ukLnYDNuwtPYknLHOAhZ86FlbUhk3xWN",
+	"jRcwUU8Zt0/oKsoTAQZP54zPOjc8mgoZg1tSPb4hhtw7EVciuxa1XJnlbl/bozvDO3WMEWI4CAyjSnuD",
+	"WrvN+Bx4jWNpaMy03dzH0MdnMBYmVMH3isSpiO9MryAxHoGjxJVxCGti7lGw2QsR/kSBKtWirGsPC2q5",
+	"8blkQUVmeEdF3fvqLQ2cVznEC5CK2VRbbtrrhEdG8y+9xjsNhBcWGFthsCQ2WPJVUYw5pfTg15n1FFce",
+	"4mNQqh1OpuSjXCXuGx9jRMyppWB+qGN2wpSD2ITgXhi3cK+Bo12fdQ6Jd74uf9xYfztHHOmKOoA1nDLY",
+	"KThqXjfYUwWe22jjRGf2XSC03xyRDl877P1/VMEM/kgF8xfUIceUH5cpjW0H1zT0N+lx0lqJqSKOsfK9",
+	"PWiB9uK2ZtC9KtRIQ5okDCOCppc1baY0VeDvQDi11Ia6A1P1dMjPkE2wcsGSHo9HQhCnfSIhN4YkmXsA",
+	"W0tLiKgc0pTxmaWGJUwLZdnV/WFreCPE7TD0j4pi8kOMcPHM8bn2d0yhXJCppDEuNiJxQeDe1ietkZ/R",
+	"ezceCWv//ENjky3n1oK0UsR8GQyGp96uiYUFbuXbUcnpoDYbQaz8yFksEnhOPv4dRSn7zgkQpYXE8oEn",
+	"6KSaYTN6Xw4VTgf+1owhp1qDxL3//fnfNzcFvvT2v/7mPRZ5O4FVtoU7QGMmNIPh2a6PE9CUpW21AtVk",
+	"SZVlG8oG2ijlmM1HIMVQjmr3xT+2sdC+Ld5tpNrCDPeuGZBpyNSRbbE9Ed7GQlRKU0I18iQW4pTH0J4k",
+	"2YaGq9IiVZgUm11KKmadx3L5BlwOo7hm2lIpB6GqTKDb9bOElGq2MOfZFks+iUp+QXUfEBvWkW+tq0Au",
+	"QBFKcjoDQiei0EYd93izXHm0ANsHhy53Wr1qHaYLupoPbvdHs/PmDtZvIveguXJhWPB2L9uA8+2c03Ri",
+	"l/ZxO8Q7HYW9Z+hpSj5eXSBszbDzek6i70xfWTEqZv1yLlJozqi+61Zp7XirlRJXdmozzhXQhLVTM7ll",
+	"xNSXtFFn3R1MZbZzSljLiY0K25Iawo1k9M7MOdQS0VClYokGtC2BZSZrzYu4wxy/WX5QhH5rHjbTlW/M",
+	"wjVLlNrt2hJ3hbiQTK8+II643JezveN1x9aWZbMlq7FqZvGciCVHmDDsvc25+MGRAOST6aG26V8uagww",
+	"d0NPDpBA4t9wfIfpEd0PtaF5RLngq0wUKrJdo0FC1M7yx5u4m2udW7qQ8alowQ9uZTRchqmuDDXik7lY",
+	"Gt+KqbZNAVNEGcYmunz/4Zq4li0izgOoM4m2Bu7Rc6tBffx9ww0Z69C1haKdgVabb2zE+WQqRUYoX1kI",
+	"kz4puGZpNY6D+xyF6NzwG24GbrbGifZxrm5cj8nRliomb1n7L8wgz2IEJOONLHtlvuEZXZXE8sTcAtH1",
+	"pj5lMXBl4NuNnX++uPY20L+Zd2oXMp7vVS0rdqqdEB8XOXCaM2/s9Tthp++ZGmJuArebiNj8MQNTulX3",
+	"KS4Sb+z9E/Rr/H1riH0ShlscNfaF3bnO0iYp3TIN3z0fmFMMoZcKmlTciPUcpAqWeAgc11xkGZUrk8BM",
+	"KtKC4Im3cxC5shkY5cL6C8OZzkz/V6mlvFt8kVG7+zBlKawf0/5HZtJR/V7N5wd7KwDNuLkTMLUPHj8W",
+	"uT3OrrGF7UO3Ksxzv9EFtcb9Bi+g8GbiOQgH+wqnSthuNcRtesWUgdr5lFBNjJ2tYw95I2UL+P2QH6rJ",
+	"wqMW22Eej56SVHu0WOhCG96qqe2FKosgbP2InWgc0NIdw86K2nOyT9lXm/j9CmXLt36l38vDsq3cNZ6k",
+	"RMRFZq+47NdKlnMwzJ/tKbCcI4ncNq7PMYfhlz6JHtZRNcY0nSYkAdaXrveygLyNpZgamcYFNIbNZTAU",
+	"5YaLadXEJsI0uplpmXyXVRY0LcCQqRZmmw4wZIGdLe0c+rbw2TzS3bpst/YfXeGuTB3xZP3elAUOY4iX",
+	"Iln9aSegwTS0xMsLd7OsduPmLzuNdeJmT+jaCgTumdKqQ7ClyVO6MiVSFS+2uPNd3c0T4iaxdnTeKDyu",
+	"zHJIoq3xbv2ZN7ZeaI9yzTJw9YUt7qpLP678NbVDv98fPWvW/SfhyWkQ9oLw5Lo3HIeDcTj8n4OJ5EjK",
+	"biaC3VTRpvKuPpcSsBpxZsL9I0f0olLuNqHljFT9wqLgpqfZAaGJEClQbiR4K2xEHGDBsRe1wNJ9KMmx",
+	"ddS0WvlA2DsfhXSYBDQenQZnZ4NJMIljCCb98CQcjeh5ODw7zpqHW1d7jWFgY/xweqzd8jNLeo8vadw1",
+	"MYtGjy/avZ2EK3v9IySs3+Ezi4bHyNhyWQEXn5w8vrj1bp5ZfISi21eP1r43PMYRzct0ZlX/KF9UV1Xq",
+	"DZ/JAWWr9/l27T8gEm9ypoErMyO0MSxcGJWp082ZammzFt2HKoI96ailBq2R5ccEfBvXfUxd+gdx/SCi",
+	"d/7Amfmq0vU/KvbeCnFH3ITaRUtr3G0xfIeiruSHj4k7899f0Pt8Q0+5aUKs/CQDyi23sjQ/CZKIP9zq",
+	"lA0ovhHu85QybghSt2fJZe6rmg1PVW95ttLv5ppaVigzLKhYMaNJxmbSjEDdxRdDPFto9isuwvqis1Pi",
+	"/hP0hhD8C8/6ZpP2874iMeWdbz8alTNelVFvaBRLSO21vjlUclEGcyFTR3iNu91UxDSdC6XH5+F5aApt",
+	"95KHBsIqU7LvjirQ/WBjbYofQeSW5C0XbyRZ367/NwAA//8=",
 }
 
 // decodeSpec returns the embedded OpenAPI spec as raw JSON bytes,
