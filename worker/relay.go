@@ -234,8 +234,7 @@ func (r *Relay) publishOrHold(ctx context.Context, q *db.Queries, batch []claime
 		held.Errors = append(held.Errors, reason)
 		held.Delays = append(held.Delays, retryDelay(1))
 	}
-	var events []broker.Event
-	var places []int
+	events, places := make([]broker.Event, 0, len(batch)), make([]int, 0, len(batch))
 	for i, c := range batch {
 		if c.behind {
 			hold(c, "")
@@ -278,8 +277,7 @@ func (r *Relay) publish(ctx context.Context, events []broker.Event) ([]error, er
 	outcomes := make([]error, len(events))
 	refused := map[string]bool{}
 	for _, wave := range waves(events) {
-		var batch []broker.Event
-		var places []int
+		batch, places := make([]broker.Event, 0, len(wave)), make([]int, 0, len(wave))
 		for _, i := range wave {
 			if refused[events[i].Subject] {
 				outcomes[i] = errBehind
