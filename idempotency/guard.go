@@ -24,6 +24,7 @@ import (
 	"github.com/redis/go-redis/v9"
 	"github.com/sony/gobreaker/v2"
 
+	"idempotent-orders/internal/fault"
 	"idempotent-orders/internal/gather"
 )
 
@@ -139,12 +140,15 @@ func Once[T any](ctx, patience context.Context, g *Guard, send Send[T]) (T, erro
 
 // placeReserved places a send whose key it holds, and tells Redis how that ended.
 func placeReserved[T any](g *Guard, doPlace func() (T, error), place, token string) (T, error) {
+	fault.GuardReserved.Reached()
 	placed, err := doPlace()
 	switch {
 	case err == nil, errors.Is(err, ErrMismatch):
+		fault.GuardPlaced.Reached()
 		g.calls.Tell(g.completion(place, token))
 	case errors.Is(err, ErrOutcomeUnknown):
 	default:
+		fault.GuardRefused.Reached()
 		g.release(place, token)
 	}
 	return placed, err

@@ -7,6 +7,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	"idempotent-orders/internal/fault"
 	"idempotent-orders/internal/gather"
 	"idempotent-orders/lua"
 )
@@ -74,6 +75,7 @@ func (g *Guard) exchange(calls []call) []reply {
 		// their own token, so running them again changes nothing.
 		return g.pipeline(ctx, calls, (*redis.Script).Eval)
 	})
+	fault.GuardExchanged.Reached()
 	replies := make([]reply, len(calls))
 	for i := range replies {
 		if cmds == nil {

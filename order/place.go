@@ -18,6 +18,7 @@ import (
 	"idempotent-orders/gen/api"
 	"idempotent-orders/gen/db"
 	"idempotent-orders/idempotency"
+	"idempotent-orders/internal/fault"
 	"idempotent-orders/internal/gather"
 )
 
@@ -97,6 +98,7 @@ func (s *Store) findAll(sends []Send) []Result {
 	defer cancel()
 	digests, fingerprints := hashes(sends)
 	holders, err := find(ctx, db.New(s.pool), digests)
+	fault.PlaceFound.Reached()
 	absent := idempotency.ErrNotCommitted
 	if err != nil {
 		absent = fmt.Errorf("find idempotency keys: %w: %w", ErrUnavailable, err)
@@ -182,7 +184,8 @@ func (s *Store) placeBatch(ctx context.Context, sends []Send) ([]Result, *pgconn
 	asked := false
 	err := s.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) (err error) {
 		asked = true
-		holders, err = s.write(ctx, db.New(conn), sends, digests, fingerprints, ids, firsts)
+		fault.PlaceBegun.Reached()
+		holders, err = s.write(ctx, db.New(fault.SQL(conn)), sends, digests, fingerprints, ids, firsts)
 		return err
 	})
 	refused := refusal(err)
@@ -190,14 +193,16 @@ func (s *Store) placeBatch(ctx context.Context, sends []Send) ([]Result, *pgconn
 	case err == nil:
 	case asked && refused != nil && wrong(refused):
 		return judgeAll(digests, fingerprints, ids, nil, fmt.Errorf("place orders: %w", err)), refused
-	case !asked, refused != nil, pgconn.SafeToRetry(err):
+	case !asked, refused != nil, pgconn.SafeToRetry(err), fault.CommitLookUp.Removed():
 		return judgeAll(digests, fingerprints, ids, nil, fmt.Errorf("place orders: %w: %w", ErrUnavailable, err)), refused
 	}
 	var absent error
 	if err == nil {
+		fault.PlaceCommitted.Reached()
 		absent = s.findLosers(ctx, digests, firsts, holders)
 	} else {
 		var lookUpErr error
+		fault.PlaceUnknown.Reached()
 		holders, lookUpErr = s.lookUp(ctx, digests)
 		absent = errors.Join(idempotency.ErrOutcomeUnknown, err, lookUpErr)
 	}
@@ -284,6 +289,7 @@ func (s *Store) findLosers(ctx context.Context, digests []uuid.UUID, firsts []in
 	if len(lost) == 0 {
 		return nil
 	}
+	fault.PlaceLost.Reached()
 	others, err := find(ctx, db.New(s.pool), lost)
 	maps.Copy(holders, others)
 	if err != nil {
@@ -331,11 +337,11 @@ func judgeAll(digests []uuid.UUID, fingerprints []idempotency.Fingerprint, ids [
 	return results
 }
 
-// judge gives a send of a key that is held, with this fingerprint, its result. The send placed the order itself if the order has the id it would
-// have got.
+// judge gives a send with this fingerprint, of a key that is held, its result. The send placed the order itself if the order
+// has the id it would have got.
 func (holder holding) judge(fingerprint idempotency.Fingerprint, id uuid.UUID) Result {
 	switch {
-	case holder.fingerprint != fingerprint:
+	case holder.fingerprint != fingerprint && !fault.Fingerprint.Removed():
 		return Result{Err: idempotency.ErrMismatch}
 	default:
 		return Result{Placement: Placement{holder.orderID, holder.expiresAt, holder.orderID != id}}

@@ -16,6 +16,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"idempotent-orders/gen/api"
+	"idempotent-orders/internal/fault"
 	"idempotent-orders/order"
 )
 
@@ -32,12 +33,14 @@ type strictly struct {
 // PlaceOrder reads the body and answers with what Server.PlaceOrder returns.
 func (o strictly) PlaceOrder(w http.ResponseWriter, r *http.Request, params api.PlaceOrderParams) {
 	response, err := o.placeOrder(w, r, params)
+	fault.ServerAnswering.Reached()
 	if err == nil {
 		err = response.VisitPlaceOrderResponse(w)
 	}
 	if err != nil {
 		o.server.refuse(w, r, err)
 	}
+	fault.ServerAnswered.Reached()
 }
 
 func (o strictly) placeOrder(w http.ResponseWriter, r *http.Request, params api.PlaceOrderParams) (api.PlaceOrderResponseObject, error) {
@@ -45,10 +48,12 @@ func (o strictly) placeOrder(w http.ResponseWriter, r *http.Request, params api.
 	if err != nil {
 		return nil, err
 	}
+	fault.ServerRead.Reached()
 	request, err := parseOrderRequest(body)
 	if err != nil {
 		return nil, err
 	}
+	fault.ServerValidated.Reached()
 	return o.server.PlaceOrder(r.Context(), api.PlaceOrderRequestObject{Params: params, Body: &request})
 }
 

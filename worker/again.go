@@ -13,6 +13,7 @@ import (
 
 	"idempotent-orders/broker"
 	"idempotent-orders/gen/db"
+	"idempotent-orders/internal/fault"
 )
 
 const (
@@ -46,6 +47,7 @@ func (r *Relay) checkEpoch(ctx context.Context, q *db.Queries, done *round) erro
 	if err := q.StartRedrive(ctx, epoch); err != nil {
 		return fmt.Errorf("start publishing again: %w", err)
 	}
+	fault.RedriveNoted.Reached()
 	if state.Epoch != "" {
 		done.note(r, slog.LevelWarn, "The broker may have forgotten events: those that are not finished are published again")
 	}
@@ -92,6 +94,7 @@ func (r *Relay) redrive(ctx context.Context, q *db.Queries, at time.Time, id int
 	if err := r.publishOrHold(ctx, q, batch, done); err != nil {
 		return err
 	}
+	fault.RedrivePublished.Reached()
 	done.claimed = true // there is more to do: another slice, or what is new
 	more := int64(done.published - before)
 	if !last {
@@ -103,6 +106,7 @@ func (r *Relay) redrive(ctx context.Context, q *db.Queries, at time.Time, id int
 	if err != nil {
 		return fmt.Errorf("note how far events are published again: %w", err)
 	}
+	fault.RedriveMoved.Reached()
 	return nil
 }
 
@@ -124,6 +128,7 @@ func (r *Relay) retry(ctx context.Context, q *db.Queries, done *round) error {
 	if err != nil {
 		return err
 	}
+	fault.RetryPublished.Reached()
 	var published []int64
 	var over []uuid.UUID // orders whose next event may follow
 	for i, outcome := range outcomes {
@@ -144,6 +149,7 @@ func (r *Relay) retry(ctx context.Context, q *db.Queries, done *round) error {
 	if err != nil {
 		return fmt.Errorf("note what became of events that were held back: %w", err)
 	}
+	fault.RetryArchived.Reached()
 	return nil
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"idempotent-orders/broker"
 	"idempotent-orders/gen/api"
+	"idempotent-orders/internal/fault"
 )
 
 // EmailConsumer is the name of the e-mail consumer: its group at the broker, and its rows in the inbox.
@@ -123,6 +124,7 @@ type task struct {
 func (c *Consumer) read(ctx context.Context, deliveries []broker.Delivery) (tasks []*task, done []string) {
 	tasks = make([]*task, 0, len(deliveries))
 	for _, d := range deliveries {
+		fault.EmailReceived.Reached()
 		if d.Err == nil && d.Event.Type != string(api.OrderCreatedV1TypeOrderCreated) {
 			done = append(done, d.Tag)
 			continue

@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 
 	"idempotent-orders/gen/db"
+	"idempotent-orders/internal/fault"
 )
 
 // enter takes the tasks into the inbox and returns the events that are this consumer's to send, and those that were finished
@@ -18,7 +19,7 @@ func (c *Consumer) enter(ctx context.Context, tasks []*task) (mine, finished []u
 	ids := idsOf(tasks)
 	// In one order: two consumers that were delivered the same events must not wait for each other in a circle.
 	slices.SortFunc(ids, func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
-	q := db.New(c.pool)
+	q := db.New(fault.SQL(c.pool))
 	err = c.persist(ctx, "Entering the inbox", func(ctx context.Context) (err error) {
 		if err := force(ctx, q, forcedOf(tasks)); err != nil {
 			return err
@@ -52,6 +53,7 @@ func (c *Consumer) mark(ctx context.Context, tasks []*task) (marked []uuid.UUID,
 			marked, err = q.MarkSent(ctx, sent)
 			return err
 		})
+		fault.EmailMarked.Reached()
 	}
 	if err != nil || len(dead.EventIds) == 0 {
 		return marked, err
@@ -69,7 +71,9 @@ func (c *Consumer) acknowledge(ctx context.Context, tags []string) error {
 	if len(tags) == 0 {
 		return nil
 	}
-	return c.persist(ctx, "Acknowledging events", func(ctx context.Context) error { return c.subscription.Ack(ctx, tags) })
+	err := c.persist(ctx, "Acknowledging events", func(ctx context.Context) error { return c.subscription.Ack(ctx, tags) })
+	fault.EmailAcknowledged.Reached()
+	return err
 }
 
 // persist does a step until it succeeds or ctx is done.

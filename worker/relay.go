@@ -15,6 +15,7 @@ import (
 	"idempotent-orders/broker"
 	"idempotent-orders/gen/db"
 	"idempotent-orders/internal/connect"
+	"idempotent-orders/internal/fault"
 )
 
 const (
@@ -84,6 +85,7 @@ func (r *Relay) Run(ctx context.Context) {
 			failed.reset()
 			idle.wait(ctx, r.nudged)
 		default:
+			fault.RelayCommitted.Reached()
 			failed.reset()
 			idle.reset()
 		}
@@ -112,7 +114,7 @@ func (r *Relay) take(ctx context.Context) (round, error) {
 	defer cancel()
 	done := round{batch: r.batch}
 	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout, 0), func(tx pgx.Tx) error {
-		return r.round(ctx, db.New(tx), &done)
+		return r.round(ctx, db.New(fault.SQL(tx)), &done)
 	})
 	if err != nil {
 		r.checked = time.Time{}        // the broker may not be what it was
@@ -148,6 +150,7 @@ func (r *Relay) round(ctx context.Context, q *db.Queries, done *round) (err erro
 	if !done.turn.Taken {
 		return nil
 	}
+	fault.RelayTurn.Reached()
 	if time.Since(r.checked) >= r.checkEvery {
 		done.checked = true
 		if err := r.checkEpoch(ctx, q, done); err != nil {
@@ -164,6 +167,7 @@ func (r *Relay) round(ctx context.Context, q *db.Queries, done *round) (err erro
 	}
 	batch := make([]claimed, len(rows))
 	for i, row := range rows {
+		fault.RelayClaimed.Reached()
 		batch[i] = claimed{row.ID, row.PublishedAt, row.Behind,
 			broker.EventOf(row.EventID, row.Source, row.EventType, row.AggregateID, row.CreatedAt, row.Payload, row.Traceparent)}
 	}
@@ -263,6 +267,7 @@ func (r *Relay) publishOrHold(ctx context.Context, q *db.Queries, batch []claime
 	if err := q.HoldEvents(ctx, held); err != nil {
 		return fmt.Errorf("hold events back: %w", err)
 	}
+	fault.RelayHeld.Reached()
 	return nil
 }
 
@@ -286,6 +291,7 @@ func (r *Relay) publish(ctx context.Context, events []broker.Event) ([]error, er
 			batch, places = append(batch, events[i]), append(places, i)
 		}
 		err := r.publisher.Publish(ctx, batch)
+		fault.RelayPublished.Reached()
 		var refusal *broker.RefusedError
 		if err != nil && !errors.As(err, &refusal) {
 			return nil, err

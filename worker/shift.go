@@ -11,6 +11,7 @@ import (
 
 	"idempotent-orders/broker"
 	"idempotent-orders/gen/db"
+	"idempotent-orders/internal/fault"
 )
 
 // A shift is one run of a consumer. One goroutine owns it, and decides; what is slow is done aside, each by a goroutine of its
@@ -262,6 +263,7 @@ func (s *shift) enter(now time.Time) {
 	s.do(func() func() {
 		began := time.Now()
 		mine, finished, err := s.Consumer.enter(s.longer, batch)
+		fault.EmailEntered.Reached()
 		return func() { s.entered(batch, mine, finished, began, err) }
 	})
 }
@@ -361,7 +363,10 @@ func (s *shift) enterAgain(now time.Time) {
 func (s *shift) sendOne(mail Email) error {
 	ctx, cancel := context.WithTimeout(s.sends, sendTimeout)
 	defer cancel()
-	return s.sender.Send(ctx, mail)
+	fault.EmailSending.Reached()
+	err := s.sender.Send(ctx, mail)
+	fault.EmailSent.Reached()
+	return err
 }
 
 func (s *shift) sent(t *task, err error) {

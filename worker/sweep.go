@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"idempotent-orders/gen/db"
+	"idempotent-orders/internal/fault"
 )
 
 const (
@@ -133,6 +134,7 @@ func (s *Sweeper) runOnce(ctx context.Context) (done swept, err error) {
 	if err != nil || !taken {
 		return done, err
 	}
+	fault.SweepBegun.Reached()
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
 		defer cancel()
@@ -200,6 +202,7 @@ func (s *Sweeper) trim(ctx context.Context, _ *db.Queries, done *swept) error {
 	}
 	trimmed, err := bounded(ctx, func(ctx context.Context) (int64, error) { return s.trimmer.Trim(ctx, EmailConsumer) })
 	done.trimmed += trimmed
+	fault.SweepTrimmed.Reached()
 	return err
 }
 
@@ -226,6 +229,7 @@ func (s *Sweeper) advanceFinished(ctx context.Context, q *db.Queries, done *swep
 	if err != nil {
 		return fmt.Errorf("note how far events are finished: %w", err)
 	}
+	fault.SweepMarked.Reached()
 	return nil
 }
 
@@ -289,6 +293,7 @@ func (s *Sweeper) expireDays(ctx context.Context, q *db.Queries, done *swept) er
 		if err != nil {
 			return fmt.Errorf("take a day out of the archive: %w", err)
 		}
+		fault.SweepExpired.Reached()
 		s.log.InfoContext(ctx, "A day of published events has left the archive", "ends", old[0].UTC(), "table", name)
 	}
 }
@@ -318,6 +323,7 @@ func (s *Sweeper) forgetExpired(ctx context.Context, q *db.Queries, done *swept)
 	if s.expiredPage < expired.Pages {
 		return nil
 	}
+	fault.SweepForgotten.Reached()
 	if _, err := bounded(ctx, func(ctx context.Context) (any, error) { return nil, q.DropExpired(ctx, expired.Name) }); err != nil {
 		return fmt.Errorf("drop table %s: %w", expired.Name, err)
 	}
@@ -347,6 +353,7 @@ func (s *Sweeper) deleteKeys(ctx context.Context, q *db.Queries, done *swept) er
 	err = s.walk(ctx, done, &s.keyPage, pages, s.keyPage+max(pages/keyPass, keyPages), func(ctx context.Context, page int64) error {
 		n, err := q.DeleteExpiredKeys(ctx, db.DeleteExpiredKeysParams{FirstPage: page, Pages: sweepPages})
 		done.keys += int64(n)
+		fault.SweepKeys.Reached()
 		return err
 	})
 	if err != nil {
