@@ -14,7 +14,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	_ "github.com/jackc/pgx/v5/stdlib" // the database/sql driver goose needs
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/pgx/v5/stdlib"
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/lock"
 )
@@ -34,10 +35,11 @@ type Migrations struct {
 // Open prepares the migrations of the database at url, a PostgreSQL connection string. It does not connect yet. The lock
 // lasts as long as its session, so url must lead to PostgreSQL itself, not to a pooler that shares sessions.
 func Open(url string, log *slog.Logger) (*Migrations, error) {
-	db, err := sql.Open("pgx", url)
+	cfg, err := pgxpool.ParseConfig(url) // which takes out what is for a pool, and PostgreSQL would refuse
 	if err != nil {
 		return nil, fmt.Errorf("open database for migrations: %w", err)
 	}
+	db := stdlib.OpenDB(*cfg.ConnConfig)
 	provider, err := goose.NewProvider(goose.DialectPostgres, db, files, goose.WithSessionLocker(locker{log}))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("read migrations: %w", err), db.Close())

@@ -52,6 +52,13 @@ func open(t *testing.T, address string) *migrations.Migrations {
 	return m
 }
 
+func TestTheAddressMaySetTheParametersOfAPool(t *testing.T) {
+	t.Parallel()
+	if _, err := open(t, testenv.DatabaseURL(t)+"&pool_max_conns=2&pool_max_conn_lifetime=1h").Up(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestTheSchemaGoesUpDownAndUp(t *testing.T) {
 	t.Parallel()
 	address := testenv.DatabaseURL(t) // migrated
