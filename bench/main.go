@@ -35,7 +35,7 @@ Usage:
   --rounds N      how many rounds, of which the median counts (default 3)
   --seconds N     how long each load lasts, 1 to %d (default 5)
   --only GROUPS   measure these only: %s
-  --long          also drain 1,000,000 events, and place orders into 5,000,000
+  --long          also drain 1,000,000 events, and place orders into 5,000,000, and beside a sweep
   --out FILE      where to write the figures (default %s; nowhere with --only); empty: nowhere
   --help          show this
 

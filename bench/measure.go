@@ -47,6 +47,8 @@ const (
 	nameOpen       = "open loop, the server at half of its peak"
 	nameOpenNaive  = "open loop, naive at the same rate, or at its own peak if that is lower"
 	nameOpenOwn    = "open loop, naive at half of its own peak"
+	nameNoSweep    = "open loop at 1,000/s beside a worker with nothing to sweep"
+	nameSweep      = "open loop at 1,000/s beside a worker that sweeps everything"
 	nameEndToEnd   = "end to end"
 	nameIdle       = "idle"
 	nameFull       = "intake into 5,000,000 orders, 256 connections"
@@ -138,6 +140,12 @@ func (l *lab) measurements() []measurement {
 		return l.openLoop(ctx, naiveServer, min(l.peak(server)/2, l.peak(naiveServer)))
 	})
 	open(nameOpenOwn, func(ctx context.Context) (sample, error) { return l.openLoop(ctx, naiveServer, l.peak(naiveServer)/2) })
+	for _, old := range []bool{false, true} {
+		all = append(all, measurement{group: "sweep", name: map[bool]string{false: nameNoSweep, true: nameSweep}[old], unit: unitOrders, ours: true, long: true,
+			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys; in the tables %d days of %d published events, as many that left the archive, and %d keys",
+				sweepSeconds, sweptDays, sweptEvents, sweptKeys),
+			take: func(ctx context.Context) (sample, error) { return l.besideSweep(ctx, old) }})
+	}
 	for _, events := range []int{drained, drainedLong} {
 		drain(events, false)
 		drain(events, true)

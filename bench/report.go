@@ -137,6 +137,9 @@ var goals = []goal{
 	{"intake into 5,000,000 orders ÷ into none, 256 connections each", 0.9, false, func(r *round) float64 {
 		return r.rate(nameFull) / r.rate(nameOf(server, clientsMany))
 	}},
+	{"p99 of the intake beside a sweep ÷ without", 1.1, true, func(r *round) float64 {
+		return r.sample(nameSweep).p99 / r.sample(nameNoSweep).p99
+	}},
 	{"memory of the program at its peak, in any line below, MB", 150, true, func(r *round) float64 {
 		peak := int64(0)
 		for _, l := range r.lines {
