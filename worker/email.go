@@ -61,7 +61,8 @@ type Sender interface {
 }
 
 // Consumer confirms orders by e-mail: it takes each order.created.v1 event into the inbox, sends the mail, marks the
-// event sent, and acknowledges it. A mail that fails is sent again by the same consumer, and holds nobody up.
+// event sent, and acknowledges it. A mail that fails is sent again by the same consumer, and holds nobody up. Events of other
+// types ask for no mail and are finished at once, in the inbox too: what is not finished there is kept, and published again.
 type Consumer struct {
 	pool           *pgxpool.Pool
 	subscription   broker.Subscription
@@ -116,26 +117,27 @@ type task struct {
 	left       int       // how often it was left to another consumer
 	due        time.Time // when it is entered again
 	reason     string    // why it is dead, if it is
+	noMail     bool      // it is of a type that asks for none
 	forced     time.Time // as forcedAt
 }
 
-// read sorts deliveries into mails to send, and those that need nothing more. Events of other types are not this consumer's
-// business. What is not an event can never be, so it is put into the log, and stays in the stream.
+// read sorts deliveries into events to handle, and those that need nothing more. What is not an event can never be, so it is put
+// into the log, and stays in the stream.
 func (c *Consumer) read(ctx context.Context, deliveries []broker.Delivery) (tasks []*task, done []string) {
 	tasks = make([]*task, 0, len(deliveries))
 	for _, d := range deliveries {
 		fault.EmailReceived.Reached()
-		if d.Err == nil && d.Event.Type != string(api.OrderCreatedV1TypeOrderCreated) {
-			done = append(done, d.Tag)
-			continue
+		noMail := d.Err == nil && d.Event.Type != string(api.OrderCreatedV1TypeOrderCreated)
+		mail, err := Email{EventID: d.Event.ID}, error(nil)
+		if !noMail {
+			mail, err = confirmation(d)
 		}
-		mail, err := confirmation(d)
 		if err != nil {
 			c.log.ErrorContext(ctx, "An entry is not an event that can be confirmed, and is left in the stream", "entry", d.Tag, "error", err)
 			done = append(done, d.Tag)
 			continue
 		}
-		t := &task{mail: mail, tags: []string{d.Tag}, deliveries: d.Deliveries, forced: forcedAt(d.Event)}
+		t := &task{mail: mail, tags: []string{d.Tag}, deliveries: d.Deliveries, forced: forcedAt(d.Event), noMail: noMail}
 		if d.Deliveries > maxDeliveries {
 			t.reason = fmt.Sprintf("delivered %d times, and none of its receivers lived to finish it", d.Deliveries)
 		}

@@ -96,6 +96,7 @@ func TestWhatADeadConsumerHeldIsTakenOver(t *testing.T) {
 				return err == nil && p.Count == 0
 			})
 			b.settled(orders)
+			b.reconciled(0)
 
 			// The dead one was only slow, and finishes too late: it touches nothing.
 			late, err := db.New(b.pool).MarkSent(t.Context(), db.MarkSentParams{Consumer: EmailConsumer, EventIds: []uuid.UUID{b.mails.mails[0].EventID}, Holder: dead.holder})
@@ -170,6 +171,7 @@ func TestWhatIsNotAnEventHoldsNobodyUp(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	orders := b.place(1)
+	other := uuid.New()
 	valid := []string{"specversion", "1.0", "id", uuid.NewString(), "type", "order.created.v1", "time", "2026-01-02T15:04:05Z"}
 	for _, values := range [][]string{
 		{"x", "y"},
@@ -177,7 +179,7 @@ func TestWhatIsNotAnEventHoldsNobodyUp(t *testing.T) {
 		slices.Concat(valid, []string{"data", "{"}),
 		slices.Concat(valid, []string{"data", "{}"}),
 		slices.Concat(valid, []string{"data", `{"order_id":"x"}`}),
-		slices.Concat(valid, []string{"type", "order.cancelled.v1", "data", "{}"}),
+		slices.Concat(valid, []string{"id", other.String(), "type", "order.cancelled.v1", "data", "{}"}),
 	} {
 		if err := b.redis.XAdd(t.Context(), &redis.XAddArgs{Stream: broker.Stream, Values: values}).Err(); err != nil {
 			t.Fatal(err)
@@ -189,6 +191,9 @@ func TestWhatIsNotAnEventHoldsNobodyUp(t *testing.T) {
 	}
 	if err := b.consumer("email", b.mails).Drain(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+	if n := b.count("DELETE FROM inbox WHERE event_id = $1 AND state = 'sent' RETURNING 1", other); n != 1 {
+		t.Error("the event of another type is not finished")
 	}
 	b.settled(orders)
 	if n := strings.Count(b.log.String(), "is left in the stream"); n != 5 {

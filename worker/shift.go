@@ -276,7 +276,7 @@ func (s *shift) entered(batch []*task, mine, finished []uuid.UUID, began time.Ti
 	for _, id := range mine {
 		t := s.inHand[id]
 		t.entered = began
-		if t.reason != "" {
+		if t.reason != "" || t.noMail {
 			s.finish(t)
 			continue
 		}

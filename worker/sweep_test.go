@@ -115,6 +115,30 @@ func TestADayLeavesTheArchiveWhenItIsOldAndFinished(t *testing.T) {
 	}
 }
 
+// What the consumer has no mail for is finished too: else nothing behind it would ever leave, and all of it would be published again
+// whenever the broker forgets.
+func TestAnEventOfATypeThatAsksForNoMailHoldsNothingUp(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	relay, consumer := b.relay(b.broker), b.consumer("one", b.mails)
+	placed := b.place(1)
+	b.announce(placed[0], "order.cancelled.v1")
+	b.drain(relay, consumer)
+	b.exec("UPDATE outbox_published SET published_at = now() - interval '1 hour'")
+	b.mustSweep(b.sweeper())
+	if n := b.count("SELECT count(*) FROM relay_state WHERE finished_to > now() - interval '2 minutes'"); n != 1 {
+		t.Error("the mark stands before it")
+	}
+	b.exec("UPDATE relay_state SET finished_to = 'epoch'")
+	b.redis.FlushAll(t.Context())
+	relay.checked = time.Time{}
+	b.drain(relay, consumer)
+	if got := b.published(); len(got) != 0 {
+		t.Errorf("%d events were published again", len(got))
+	}
+	b.reconciled(0)
+}
+
 func TestADayStaysThatIsNotFinishedThoughTheMarkHasPassedIt(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
@@ -481,8 +505,10 @@ func TestOrdersArePlacedAndMailedWhileEverythingIsSwept(t *testing.T) {
 	b.eventually("every old day is gone", func() bool {
 		return b.count("SELECT count(*) FROM pg_inherits WHERE inhparent = 'outbox_published'::regclass") == daysAhead+2
 	})
+	b.eventually("its events have left the inbox", func() bool { return b.count("SELECT count(*) FROM inbox") == len(orders) })
 	cancel()
 	sweepers.Wait()
+	b.reconciled(0)
 	if got := b.mails.orders(); !sameSet(got, orders) {
 		t.Errorf("mails were sent for %d orders; want one for each of %d", len(got), len(orders))
 	}
