@@ -18,7 +18,13 @@ import (
 // reconciled checks that orders, keys, events and the inbox agree, that nothing is under way, and how many events are dead.
 func (b *bench) reconciled(dead int64) {
 	b.t.Helper()
-	report, err := reconcile.Run(b.t.Context(), b.pool, reconcile.Options{Consumer: EmailConsumer, KeyRetention: time.Hour})
+	b.reconciledSince(time.Time{}, dead)
+}
+
+// reconciledSince does so for orders placed since then.
+func (b *bench) reconciledSince(from time.Time, dead int64) {
+	b.t.Helper()
+	report, err := reconcile.Run(b.t.Context(), b.pool, reconcile.Options{From: from, Consumer: EmailConsumer, KeyRetention: time.Hour})
 	if err != nil || report.Missing != 0 || report.Unfinished != 0 || report.Dead != dead {
 		b.t.Errorf("reconcile finds %+v, %v; want %d dead, and nothing else", report, err, dead)
 	}

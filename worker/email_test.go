@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -185,6 +186,8 @@ func TestAConsumerThatStoodStillSendsAndMarksNothingThatAnotherTookOver(t *testi
 	}))
 	still.subscription = neglecting{still.subscription.(*broker.RedisSubscription)}
 	b.start(still.Run)
+	goOn := sync.OnceFunc(func() { close(gate) })
+	t.Cleanup(goOn) // before it is waited for
 	for range concurrentSends {
 		<-begun
 	}
@@ -193,7 +196,7 @@ func TestAConsumerThatStoodStillSendsAndMarksNothingThatAnotherTookOver(t *testi
 	b.eventually("the heir has sent everything", func() bool { return len(b.mails.orders()) == 40 })
 	b.eventually("and finished it", func() bool { return len(b.pending()) == 0 })
 	stop()
-	close(gate)
+	goOn()
 	b.eventually("the other has ended what it had begun", func() bool { return late.Load() == concurrentSends })
 	b.place(1)
 	b.mustRun(b.relay(b.broker), 1)
