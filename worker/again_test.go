@@ -356,9 +356,8 @@ func TestAMillionDeadLettersAreNotInTheWay(t *testing.T) {
 	b := newBench(t)
 	const dead = 1_000_000
 	b.exec(`INSERT INTO outbox_dead (id, event_id, aggregate_id, event_type, source, payload, created_at, attempts, reason)
-		SELECT n - $1, (lpad(to_hex(n), 8, '0') || '-0000-7000-8000-000000000000')::uuid, (lpad(to_hex(n), 8, '0') || '-0000-7000-9000-000000000000')::uuid,
-			'order.created.v1', '/orders', '{}', now() - interval '1 day', 8, 'refused'
-		FROM generate_series(1, $1) n`, dead)
+		SELECT n - $1, gen_random_uuid(), $2, 'order.created.v1', '/orders', '{}', now() - interval '1 day', 8, 'refused'
+		FROM generate_series(1, $1) n`, dead, uuid.New())
 	orders := b.place(3)
 	relay := b.relay(b.broker)
 	tx, err := b.pool.Begin(t.Context())
