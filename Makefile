@@ -43,6 +43,11 @@ vet: ## go vet
 lint: ## staticcheck on the hand-written packages
 	$(TOOL) staticcheck $(PACKAGES)
 
+.PHONY: vuln
+vuln: ## fail on known vulnerabilities; says so when their database cannot be reached
+	@found=$$($(TOOL) govulncheck ./... 2>&1) && { echo "$$found"; exit; }; echo "$$found"; \
+	case "$$found" in *'fetching vulnerabilities'*) echo 'NOT CHECKED: the database of vulnerabilities cannot be reached from here';; *) exit 1;; esac
+
 .PHONY: test
 test: test-servers ## run every test against a real PostgreSQL and Redis, with race and shuffle
 	go test -race -shuffle=on -timeout=10m ./...
