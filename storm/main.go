@@ -1,0 +1,167 @@
+// Storm lets faults rage over the whole program while clients send orders, records every call, and judges in the end whether
+// what the program claims is true: at most one order for a key, every acknowledged order kept, every order announced, one mail
+// for each, nobody sees another's data.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const usageText = `Lets faults rage over two servers, two workers, two consumers, PostgreSQL, Redis and a mail server, all of this run's own,
+while clients send orders; records every call, and judges in the end.
+
+Usage:
+  go run ./storm [--seed N] [--duration D] [--every D] [--clients N] [--rate N] [--report FILE] [--json FILE]
+                 [--tags TAGS] [--env NAME=VALUE]... [--race] [--keep]
+  go run ./storm --script [--seed N] [--duration D] [--every D]
+
+  --seed N         the faults are drawn from it; the same seed, duration and interval give the same script (default: any)
+  --duration D     how long clients send and faults strike, like 60s or 30m (default 1m)
+  --every D        a fault strikes about this often (default 5s)
+  --clients N      how many clients send, each one thing after the other (default 32)
+  --rate N         how many calls all of them make in a second, at most (default 1000)
+  --report FILE    write the report as one page of HTML (default storm.html; empty: nowhere)
+  --json FILE      write the faults and the verdict as JSON
+  --script         only print the script of faults
+  --tags TAGS      build the program with these build tags
+  --env NAME=VALUE give this variable to the program's processes; may be repeated
+  --race           build the program with the race detector
+  --keep           keep the folder with what the processes said; with a violation it is kept anyhow
+  --help           show this
+
+The exit code is 0 when every claim held, 1 when one was broken or the storm could not be run, 2 when the command line is wrong.
+Ctrl-C ends the faults and the clients; what was recorded is judged all the same. A second Ctrl-C ends everything at once.
+It needs redis-server, and PostgreSQL or the internet to download it; it leaves nothing behind but the report.
+`
+
+func main() {
+	if len(os.Args) == 3 && os.Args[1] == guardArg {
+		standGuard(os.Args[2], os.Stdin)
+		return
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the program at once, and the guard clears up
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	switch {
+	case err == nil:
+	case errors.Is(err, errUsage):
+		os.Exit(2)
+	default:
+		os.Exit(1)
+	}
+}
+
+// errUsage: the command line was wrong. As with every error of run, the user was told.
+var errUsage = errors.New("wrong usage")
+
+// run is the program: the report goes to stdout, progress and why it fails to stderr.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	o, err := parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(stdout, usageText)
+		return nil
+	case err != nil:
+		fmt.Fprintln(stderr, "storm:", err)
+		return err
+	case o.scriptOnly:
+		printScript(stdout, o.seed, draw(o.seed, o.duration, o.every))
+		return nil
+	}
+	result, err := rage(ctx, o, stderr)
+	if err != nil {
+		fmt.Fprintln(stderr, "storm:", err)
+		return err
+	}
+	result.writeText(stdout)
+	if err := result.writeFiles(o); err != nil {
+		fmt.Fprintln(stderr, "storm:", err)
+		return err
+	}
+	if n := result.Verdict.total(); n > 0 {
+		err := fmt.Errorf("%d violations, of %s", n, strings.Join(result.Verdict.broken(), "; "))
+		fmt.Fprintln(stderr, "storm:", err)
+		return err
+	}
+	return nil
+}
+
+// options are what the command line asks for.
+type options struct {
+	seed            uint64
+	duration, every time.Duration
+	clients, rate   int
+	report, json    string // files; empty: nowhere
+	scriptOnly      bool
+	tags            string
+	env             []string
+	race, keep      bool
+}
+
+// parse reads the command line. Its errors are errUsage, or flag.ErrHelp when help is asked for.
+func parse(args []string) (options, error) {
+	o := options{}
+	flags := flag.NewFlagSet("storm", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.Uint64Var(&o.seed, "seed", rand.Uint64N(1_000_000), "")
+	flags.DurationVar(&o.duration, "duration", time.Minute, "")
+	flags.DurationVar(&o.every, "every", 5*time.Second, "")
+	flags.IntVar(&o.clients, "clients", 32, "")
+	flags.IntVar(&o.rate, "rate", 1000, "")
+	flags.StringVar(&o.report, "report", "storm.html", "")
+	flags.StringVar(&o.json, "json", "", "")
+	flags.BoolVar(&o.scriptOnly, "script", false, "")
+	flags.StringVar(&o.tags, "tags", "", "")
+	flags.BoolVar(&o.race, "race", false, "")
+	flags.BoolVar(&o.keep, "keep", false, "")
+	flags.Func("env", "", func(text string) error {
+		if name, _, ok := strings.Cut(text, "="); !ok || name == "" {
+			return errors.New("it must be like NAME=value")
+		}
+		o.env = append(o.env, text)
+		return nil
+	})
+	err := flags.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return o, err
+	case err != nil:
+	case flags.NArg() > 0:
+		err = fmt.Errorf("%q is not an option", flags.Arg(0))
+	case o.duration < time.Second || o.duration > 24*time.Hour:
+		err = fmt.Errorf("--duration %s: it must be between 1s and 24h", o.duration)
+	case o.every < 100*time.Millisecond || o.every > time.Hour:
+		err = fmt.Errorf("--every %s: it must be between 100ms and 1h", o.every)
+	case o.clients < 1 || o.clients > 1000:
+		err = fmt.Errorf("--clients %d: it must be between 1 and 1000", o.clients)
+	case o.rate < 1 || o.rate > 100_000:
+		err = fmt.Errorf("--rate %d: it must be between 1 and 100000", o.rate)
+	}
+	if err != nil {
+		return o, fmt.Errorf("%w: %w; see --help", errUsage, err)
+	}
+	return o, nil
+}
+
+func (v *verdict) total() (n int) {
+	for _, count := range v.Count {
+		n += count
+	}
+	return n
+}
+
+// broken names the claims that did not hold.
+func (v *verdict) broken() []string {
+	return slices.DeleteFunc(slices.Clone(claims), func(claim string) bool { return v.Count[claim] == 0 })
+}
