@@ -74,6 +74,10 @@ loadtest: ## place 100 orders with the service that runs at http://localhost:808
 bench: ## measure everything against pgbench and a naive server, and write docs/figures.md (7 minutes; a quiet machine)
 	go run ./bench
 
+.PHONY: storm
+storm: test-servers ## break everything for a minute while clients send orders, and judge; STORM="--duration 30m --seed 7"
+	go run ./storm $(STORM)
+
 .PHONY: clean
 clean: ## remove what was built, and cached test results
 	rm -rf bin

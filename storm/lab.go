@@ -99,7 +99,10 @@ func openLab(ctx context.Context, o options) (l *lab, err error) {
 
 func (l *lab) startPostgreSQL(ctx context.Context) (err error) {
 	l.postgres, err = local.StartPostgreSQL(ctx, local.PostgreSQLOptions{
-		Dir: l.dir, Settings: map[string]string{"max_connections": "300", "log_min_messages": "fatal"}, Log: slog.New(slog.DiscardHandler),
+		Dir: l.dir, Log: slog.New(slog.DiscardHandler),
+		// Processes die here, and the machine does not: what was written is there after a crash without being synced, and a
+		// slow disk would make the storm a test of its recovery. Commits are as strict as ever.
+		Settings: map[string]string{"max_connections": "300", "log_min_messages": "fatal", "fsync": "off", "synchronous_commit": "on"},
 	})
 	if err == nil {
 		l.guard.watch(l.postgres.Pid())
