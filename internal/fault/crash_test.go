@@ -34,7 +34,7 @@ const (
 	// mostOrders ends a case in which the process does not die.
 	mostOrders = 2000
 	// atOnce is how many cases run at once. They mostly wait for what a dead process held.
-	atOnce = 14
+	atOnce = 32
 	// victim is the role of PostgreSQL that processes have which are to die.
 	victim = "victim"
 )
@@ -519,7 +519,7 @@ func (c *crash) eventually(what string, is func() bool) {
 		if time.Now().After(deadline) {
 			c.t.Fatalf("it did not come to this: %s", what)
 		}
-		time.Sleep(20 * time.Millisecond)
+		time.Sleep(100 * time.Millisecond)
 	}
 }
 
