@@ -273,3 +273,23 @@ msg="[EMAIL] ✓ Email sent successfully!"
 		t.Errorf("the log reads\n%s\nwant\n%s", &out, want)
 	}
 }
+
+func TestAnEventThatIsDeliveredAgainAfterItsMailIsNotMailedAgain(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	orders := b.place(2)
+	again := b.relay(publisher(func(ctx context.Context, events []broker.Event) error {
+		return errors.Join(b.broker.Publish(ctx, events), errors.New("killed"))
+	}))
+	if _, err := again.runOnce(t.Context()); err == nil {
+		t.Fatal("the relay lived")
+	}
+	if err := b.consumer("one", b.mails).Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.mustRun(b.relay(b.broker), 2)
+	if err := b.consumer("another", b.mails).Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.settled(orders)
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -412,5 +413,32 @@ func TestARelayWithoutRedisTriesAgainAndSaysSoOnce(t *testing.T) {
 	}
 	if !strings.Contains(b.log.String(), "Publishing outbox events works again") {
 		t.Error("the relay does not say that it works again")
+	}
+}
+
+func TestWhileOneRelayHasTheTurnAnotherPublishesNothing(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	orders := b.place(1)
+	publishing, goOn := make(chan struct{}), make(chan struct{})
+	first := b.relay(publisher(func(ctx context.Context, events []broker.Event) error {
+		close(publishing)
+		<-goOn
+		return b.broker.Publish(ctx, events)
+	}))
+	release := sync.OnceFunc(func() { close(goOn) })
+	t.Cleanup(release)
+	ended := make(chan error, 1)
+	go func() { _, err := first.runOnce(t.Context()); ended <- err }()
+	<-publishing
+	orders = append(orders, b.place(1)...)
+	b.mustRun(b.relay(b.broker), 0)
+	release()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	b.mustRun(b.relay(b.broker), 1)
+	if got := b.published(); !slices.Equal(got, orders) {
+		t.Errorf("published %v; want %v", got, orders)
 	}
 }
