@@ -30,7 +30,8 @@ Usage:
   --duration D     how long clients send and faults strike, like 60s or 30m (default 1m)
   --every D        a fault strikes about this often (default 5s)
   --clients N      how many clients send, each one thing after the other (default 32)
-  --rate N         how many calls all of them make in a second, at most (default 1000)
+  --rate N         how many calls all of them make in a second, at most (default 1000); more than the machine can deliver as
+                   mails makes a backlog, and then the time to deliver is that of the backlog
   --report FILE    write the report as one page of HTML (default storm.html; empty: nowhere)
   --json FILE      write the faults and the verdict as JSON
   --script         only print the script of faults

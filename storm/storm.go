@@ -15,9 +15,9 @@ import (
 )
 
 const (
-	// quietLimit bounds the wait until everything is done after the storm. A consumer's death leaves what it held for 30 s, and
-	// what failed to be sent again and again waits for a minute.
-	quietLimit = 150 * time.Second
+	// quietLimit is how long nothing may change after the storm before everything is done: a consumer's death leaves what it
+	// held for 30 s, and what failed to be sent again and again waits for a minute. quietMost bounds the wait for a backlog.
+	quietLimit, quietMost = 150 * time.Second, 15 * time.Minute
 	// againAtTheEnd is how many acknowledged keys are sent once more when all is quiet.
 	againAtTheEnd = 2000
 	progressEvery = 10 * time.Second
@@ -130,7 +130,7 @@ func (l *lab) quiet(ctx context.Context) (took time.Duration, unfinished string)
 	const left = `SELECT (SELECT count(*) FROM outbox), (SELECT count(*) FROM outbox_held),
 		(SELECT count(*) FROM outbox_published e WHERE NOT EXISTS
 			(SELECT FROM inbox i WHERE i.consumer = 'email' AND i.event_id = e.event_id AND i.state <> 'received'))`
-	began := time.Now()
+	began, changed, last := time.Now(), time.Now(), -1
 	for {
 		var pending, held, unsent int
 		err := l.ask(ctx, func(ctx context.Context, conn *pgx.Conn) error {
@@ -139,8 +139,12 @@ func (l *lab) quiet(ctx context.Context) (took time.Duration, unfinished string)
 		switch {
 		case err == nil && pending+held+unsent == 0:
 			return time.Since(began), ""
-		case time.Since(began) > quietLimit:
-			return time.Since(began), fmt.Sprintf("not quiet after %s: %d events pending, %d held, %d not mailed (%v).", quietLimit, pending, held, unsent, err)
+		case err == nil && pending+held+unsent != last:
+			changed, last = time.Now(), pending+held+unsent
+		}
+		if time.Since(changed) > quietLimit || time.Since(began) > quietMost {
+			took = time.Since(began)
+			return took, fmt.Sprintf("not quiet after %s: %d events pending, %d held, %d not mailed (%v).", took, pending, held, unsent, err)
 		}
 		pause(ctx, 200*time.Millisecond)
 	}
