@@ -195,3 +195,15 @@ func TestTheSameSeedGivesTheSameScript(t *testing.T) {
 		t.Errorf("the first %d faults are of %d kinds", len(kinds), len(seen))
 	}
 }
+
+func TestRecoveryDoesNotCountTheTimeOfOtherFaults(t *testing.T) {
+	t.Parallel()
+	served := firstsOf([]moment{{9 * time.Second, 10 * time.Second}, {time.Second, 20 * time.Second}})
+	strikes := []strike{{Began: 0, Ended: 2 * time.Second}, {Began: 4 * time.Second, Ended: 7 * time.Second}}
+	if took, ok := since(2*time.Second, served, strikes); !ok || took != 5*time.Second {
+		t.Errorf("it took %s; want 5s, of 8s in which another fault lasted for 3s", took)
+	}
+	if _, ok := since(11*time.Second, served, strikes); ok {
+		t.Error("recovered by what was begun before the fault was over")
+	}
+}

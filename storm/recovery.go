@@ -39,7 +39,8 @@ func (f firsts) after(at time.Duration) (time.Duration, bool) {
 
 // judgeRecovery measures, after the end of each fault, how long it took until both servers had answered a send of a fresh key,
 // begun since, with 200, and until an order placed since was mailed. The end of a kill is when the process is started again.
-// When another fault struck meanwhile, the time counts from the end of the last that was over by then.
+// Time in which another fault lasted does not count: nothing has to recover then. All other time does, though that fault, too,
+// has to be recovered from.
 func (v *verdict) judgeRecovery(e *evidence) {
 	intake := make([][]moment, len(serverNames))
 	var delivery []moment
@@ -85,16 +86,15 @@ func (v *verdict) judgeRecovery(e *evidence) {
 	}
 }
 
+// since returns how long it took, without faults, until the first of what was begun after a moment was done.
 func since(ended time.Duration, f firsts, strikes []strike) (time.Duration, bool) {
 	recovered, ok := f.after(ended)
 	if !ok {
 		return 0, false
 	}
-	last := ended
+	took := recovered - ended
 	for _, s := range strikes {
-		if s.Ended > last && s.Ended <= recovered {
-			last = s.Ended
-		}
+		took -= max(0, min(s.Ended, recovered)-max(s.Began, ended))
 	}
-	return recovered - last, true
+	return took, true
 }
