@@ -69,6 +69,9 @@ func serveAPI(t *testing.T, cfg Config, redisServer *testenv.RedisServer) *testA
 	cfg.Log = slog.New(slog.NewTextHandler(&out, nil))
 	cfg.Guard = idempotency.NewGuard(cfg.Redis, time.Hour, cfg.Log)
 	cfg.Orders = order.NewStore(cfg.Pool, time.Hour, nil)
+	if cfg.DrainTimeout == 0 {
+		cfg.DrainTimeout = time.Millisecond // nobody has to notice
+	}
 
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

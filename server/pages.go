@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"runtime/debug"
 	"time"
@@ -21,8 +22,17 @@ func (s *Server) GetLiveness(context.Context, api.GetLivenessRequestObject) (api
 	return api.GetLiveness200JSONResponse{Status: api.LivenessStatusAlive}, nil
 }
 
-// GetReadiness tells whether orders can be placed: PostgreSQL answers and is migrated. Redis is reported only.
+// errStopping: the server serves on for a moment, so that balancers can send elsewhere.
+var errStopping = errors.New("the server is stopping")
+
+// GetReadiness tells whether orders can be placed here: PostgreSQL answers and is migrated, and the server is not about to
+// stop. Redis is reported only.
 func (s *Server) GetReadiness(ctx context.Context, _ api.GetReadinessRequestObject) (api.GetReadinessResponseObject, error) {
+	if s.draining.Load() {
+		return nil, &refusal{
+			error: fmt.Errorf("%w: %w", order.ErrUnavailable, errStopping), detail: "This server is stopping; send to another.",
+		}
+	}
 	asked, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
 	if err := migrations.Check(asked, s.Pool); err != nil {

@@ -12,6 +12,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -36,6 +37,8 @@ type Config struct {
 
 	// ReadTimeout bounds how long a client may take to send a request, headers and body. The default is 10 s.
 	ReadTimeout time.Duration
+	// DrainTimeout bounds how long a server that stops goes on to serve who has not noticed. The default is 2 s.
+	DrainTimeout time.Duration
 }
 
 const (
@@ -46,9 +49,12 @@ const (
 	// may ask for, and placing.
 	writeTimeout   = 30 * time.Second
 	maxHeaderBytes = 16 << 10
-	// stopTimeout is what requests under way get when the server stops, and greetTimeout what a connection gets that was
-	// opened before, to send one.
-	stopTimeout  = 4 * time.Second
+	// A server that stops drains first, until no connection has been open for quietTime: balancers look again within that.
+	defaultDrainTimeout = 2 * time.Second
+	quietTime           = time.Second
+	// stopTimeout is what requests under way get after that, and greetTimeout what a connection gets that was opened before,
+	// to send one.
+	stopTimeout  = 2 * time.Second
 	greetTimeout = 500 * time.Millisecond
 )
 
@@ -58,6 +64,7 @@ type Server struct {
 	mux      *http.ServeMux
 	handler  http.Handler
 	docs     func() ([]byte, error) // the page, made when it is first asked for
+	draining atomic.Bool            // it will stop: whoever asks is told, and served
 	stopping context.Context        // done when the server stops: those who wait for another send give up
 	stop     context.CancelFunc
 }
@@ -68,6 +75,9 @@ var _ api.StrictServerInterface = (*Server)(nil)
 func New(cfg Config) *Server {
 	if cfg.ReadTimeout == 0 {
 		cfg.ReadTimeout = defaultReadTimeout
+	}
+	if cfg.DrainTimeout == 0 {
+		cfg.DrainTimeout = defaultDrainTimeout
 	}
 	s := &Server{Config: cfg, mux: http.NewServeMux(), docs: sync.OnceValues(renderDocs)}
 	s.stopping, s.stop = context.WithCancel(context.Background())
@@ -87,9 +97,11 @@ func New(cfg Config) *Server {
 // ServeHTTP answers one request.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.handler.ServeHTTP(w, r) }
 
-// Serve answers on the listener until ctx is done. Then it accepts nothing more, and returns when the requests under way
-// are answered, or nil all the same when they took too long and were cut off.
+// Serve answers on the listener until ctx is done. Then it drains: it serves on, but says with every answer that the
+// connection ends, and at /readyz that it is not ready. After that it accepts nothing more, and returns when the requests
+// under way are answered, or nil all the same when they took too long and were cut off.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
+	open := newConns()
 	httpServer := &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: min(headerTimeout, s.ReadTimeout),
@@ -98,11 +110,10 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
+		ConnState:         open.note,
 
 		DisableGeneralOptionsHandler: true,
 	}
-	silent := &silentConns{conns: map[net.Conn]bool{}}
-	httpServer.ConnState = silent.note
 	served := make(chan error, 1)
 	go func() { served <- httpServer.Serve(listener) }()
 	select {
@@ -110,8 +121,10 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		return fmt.Errorf("serve HTTP: %w", err)
 	case <-ctx.Done():
 	}
+	s.draining.Store(true)
+	open.drain(s.DrainTimeout)
 	s.stop()
-	defer time.AfterFunc(greetTimeout, silent.close).Stop() // Shutdown would wait five seconds for each
+	defer time.AfterFunc(greetTimeout, open.closeSilent).Stop() // Shutdown would wait five seconds for each
 	deadline, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
 	if err := httpServer.Shutdown(deadline); err != nil {
@@ -121,34 +134,10 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	return nil
 }
 
-// silentConns are connections on which no request has begun.
-type silentConns struct {
-	mu    sync.Mutex
-	conns map[net.Conn]bool // guarded by mu
-}
-
-func (s *silentConns) note(conn net.Conn, state http.ConnState) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if state == http.StateNew {
-		s.conns[conn] = true
-	} else {
-		delete(s.conns, conn)
-	}
-}
-
-func (s *silentConns) close() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for conn := range s.conns {
-		_ = conn.Close()
-	}
-}
-
 // recovered turns a panic into an answer, or cuts the connection when an answer had begun.
 func (s *Server) recovered(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		answer := &answer{ResponseWriter: w}
+		answer := &answer{ResponseWriter: w, draining: &s.draining}
 		defer func() {
 			switch cause := recover(); {
 			case cause == nil:
@@ -165,14 +154,31 @@ func (s *Server) recovered(next http.Handler) http.Handler {
 	})
 }
 
-// answer notes whether an answer has begun.
+// answer notes whether an answer has begun, and says with it that the connection ends when the server drains: a connection
+// that is closed while nobody says so may be closed in the face of the next request.
 type answer struct {
 	http.ResponseWriter
-	begun bool
+	draining *atomic.Bool
+	begun    bool
 }
 
-func (a *answer) WriteHeader(status int)      { a.begun = true; a.ResponseWriter.WriteHeader(status) }
-func (a *answer) Write(b []byte) (int, error) { a.begun = true; return a.ResponseWriter.Write(b) }
+func (a *answer) WriteHeader(status int) {
+	a.begin()
+	a.ResponseWriter.WriteHeader(status)
+}
+
+func (a *answer) Write(b []byte) (int, error) {
+	a.begin()
+	return a.ResponseWriter.Write(b)
+}
+
+func (a *answer) begin() {
+	if !a.begun && a.draining.Load() {
+		a.Header().Set("Connection", "close")
+	}
+	a.begun = true
+}
+
 func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
 // tidied folds what may be sent in several header lines into one (RFC 9110, section 5.2), and drops a traceparent that
