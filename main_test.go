@@ -59,7 +59,13 @@ type program struct {
 // start runs the program with arguments, as a user does: the environment has what is given, and where to find things.
 func start(t *testing.T, env []string, args ...string) *program {
 	t.Helper()
-	p := &program{t: t, cmd: exec.Command(os.Args[0], args...), exit: make(chan error, 1)}
+	return startFile(t, os.Args[0], env, args...)
+}
+
+// startFile runs the program that a file holds.
+func startFile(t *testing.T, file string, env []string, args ...string) *program {
+	t.Helper()
+	p := &program{t: t, cmd: exec.Command(file, args...), exit: make(chan error, 1)}
 	p.cmd.Env = append([]string{beProgram + "=1", "PATH=" + os.Getenv("PATH"), "TMPDIR=" + os.TempDir()}, env...)
 	stderr, err := p.cmd.StderrPipe()
 	if err != nil {
@@ -126,9 +132,21 @@ func (p *program) waitFor(line *regexp.Regexp) []string {
 // terminate sends SIGTERM and checks that the program ends well, in time.
 func (p *program) terminate() {
 	p.t.Helper()
+	p.signal()
+	p.ends()
+}
+
+// signal sends SIGTERM.
+func (p *program) signal() {
+	p.t.Helper()
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		p.t.Fatal(err)
 	}
+}
+
+// ends checks that the program, which got a SIGTERM just now, ends well, in time.
+func (p *program) ends() {
+	p.t.Helper()
 	select {
 	case err := <-p.exit:
 		if err != nil {
