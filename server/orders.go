@@ -32,6 +32,16 @@ func (s *Server) PlaceOrder(ctx context.Context, request api.PlaceOrderRequestOb
 	if placed, err := s.Orders.Recall(send); !errors.Is(err, idempotency.ErrNotCommitted) {
 		return answerTo(placed, err)
 	}
+	patience, cancel := s.patience(request.Params.Prefer)
+	defer cancel()
+	under := s.working
+	if patience != none {
+		under = s.waiting
+	}
+	if err := under.enter(ctx, send.Key.Caller); err != nil {
+		return nil, err
+	}
+	defer under.leave(send.Key.Caller)
 	if refused := s.Admission.refusal(); refused != nil { // but what was placed before is still answered
 		placed, err := s.Orders.Find(send)
 		if errors.Is(err, idempotency.ErrNotCommitted) {
@@ -39,8 +49,6 @@ func (s *Server) PlaceOrder(ctx context.Context, request api.PlaceOrderRequestOb
 		}
 		return answerTo(placed, err)
 	}
-	patience, cancel := s.patience(request.Params.Prefer)
-	defer cancel()
 	placed, err := idempotency.Once(ctx, patience, s.Guard, idempotency.Send[order.Placement]{
 		Key:   send.Key,
 		Find:  func() (order.Placement, error) { return s.Orders.Find(send) },
@@ -102,6 +110,10 @@ func (s *Server) GetOrder(ctx context.Context, request api.GetOrderRequestObject
 	if err != nil {
 		return nil, err
 	}
+	if err := s.working.enter(ctx, caller); err != nil {
+		return nil, err
+	}
+	defer s.working.leave(caller)
 	o, err := s.Orders.Get(ctx, caller, request.OrderId)
 	if err != nil {
 		return nil, err

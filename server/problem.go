@@ -138,7 +138,8 @@ var notFound = problemType{
 var unavailable = problemType{
 	name: "unavailable", status: http.StatusServiceUnavailable, title: "Unavailable",
 	detail: "The service cannot say at the moment. Send the request again with the same Idempotency-Key; that is always safe.",
-	meaning: "PostgreSQL, which decides about every order, cannot be asked at the moment, or events wait longer than the service allows. " +
+	meaning: "PostgreSQL, which decides about every order, cannot be asked at the moment, too many requests are under way, " +
+		"or events wait longer than the service allows. " +
 		"Whether the order was placed may be unknown.",
 	remedy: "Send the same request again with the same Idempotency-Key after the seconds in Retry-After: at most one order will exist.",
 
@@ -199,7 +200,10 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 
 func (s *Server) logProblem(r *http.Request, p problemType, id string, err error) {
 	level := slog.LevelInfo
-	if p.status >= http.StatusInternalServerError && r.Context().Err() == nil { // else the client left, which is no fault of ours
+	switch {
+	case errors.Is(err, errCrowded): // a room logs once a second
+		level = slog.LevelDebug
+	case p.status >= http.StatusInternalServerError && r.Context().Err() == nil: // else the client left, which is no fault of ours
 		level = slog.LevelError
 	}
 	s.Log.Log(r.Context(), level, "Request refused",

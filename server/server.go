@@ -39,6 +39,8 @@ type Config struct {
 	ReadTimeout time.Duration
 	// DrainTimeout bounds how long a server that stops goes on to serve who has not noticed. The default is 2 s.
 	DrainTimeout time.Duration
+	// Room is how many requests of one caller may be under way. The default is 1024.
+	Room int
 }
 
 const (
@@ -64,6 +66,8 @@ type Server struct {
 	mux      *http.ServeMux
 	handler  http.Handler
 	docs     func() ([]byte, error) // the page, made when it is first asked for
+	working  *room                  // requests under way that do not wait for another send
+	waiting  *room                  // those that may, and so stay longer: they keep nobody out of the other
 	draining atomic.Bool            // it will stop: whoever asks is told, and served
 	stopping context.Context        // done when the server stops: those who wait for another send give up
 	stop     context.CancelFunc
@@ -79,7 +83,13 @@ func New(cfg Config) *Server {
 	if cfg.DrainTimeout == 0 {
 		cfg.DrainTimeout = defaultDrainTimeout
 	}
-	s := &Server{Config: cfg, mux: http.NewServeMux(), docs: sync.OnceValues(renderDocs)}
+	if cfg.Room == 0 {
+		cfg.Room = defaultRoom
+	}
+	s := &Server{
+		Config: cfg, mux: http.NewServeMux(), docs: sync.OnceValues(renderDocs),
+		working: newRoom(cfg.Room, cfg.Log), waiting: newRoom(cfg.Room, cfg.Log),
+	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	strict := api.NewStrictHandlerWithOptions(s, nil, api.StrictHTTPServerOptions{
 		RequestErrorHandlerFunc:  s.refuse,
@@ -101,7 +111,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.handler.S
 // connection ends, and at /readyz that it is not ready. After that it accepts nothing more, and returns when the requests
 // under way are answered, or nil all the same when they took too long and were cut off.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
-	open := newConns()
+	open := newConns(connLimit(maxFiles(), s.Log), s.Log)
 	httpServer := &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: min(headerTimeout, s.ReadTimeout),
