@@ -57,7 +57,7 @@ func TestReadAnswers(t *testing.T) {
 	t.Parallel()
 	a, err := readAnswers([]byte("Running 5s test\n  64 connections\n" +
 		`{"Requests":100,"Refused":2,"Broken":1,"Micros":2000000,"P50":500,"P99":900}` + "\nbye\n"))
-	if want := (answers{100, 2, 1, 2e6, 500, 900, 0}); err != nil || a != want {
+	if want := (answers{100, 2, 1, 2e6, 500, 900, false, 0, 0}); err != nil || a != want {
 		t.Errorf("read %+v, %v", a, err)
 	}
 	if s := sampleOf(a); s.rate != 49 || s.failed != 3 {

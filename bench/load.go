@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -30,6 +31,7 @@ type load struct {
 	Addr        string
 	Connections int    // closed loop: each sends again when it has its answer
 	Rate        int    // open loop: requests a second, whatever the answers do
+	Workers     int    // open loop: how many requests may be under way; 0: 1024
 	Seconds     int    // for how long it is measured
 	Key         string // empty: a fresh one for each request
 	Body        string
@@ -42,6 +44,8 @@ type answers struct {
 	Broken   int     // not answered: connect, read, write, timeout
 	Micros   float64 // how long it took
 	P50, P99 float64 // microseconds
+	Apart    bool    // P50 and P99 are of what was not refused
+	Refusal  float64 // p99 of what was, in microseconds, when apart
 	cores    float64 // that the generator used
 }
 
@@ -196,9 +200,10 @@ func openLoad(o load) answers {
 		t.Header = http.Header{"Idempotency-Key": {key(n.Add(1))}, "Content-Type": {"application/json"}}
 		return nil
 	}
-	attacker := vegeta.NewAttacker(vegeta.Workers(64), vegeta.MaxWorkers(1024), vegeta.Connections(1024), vegeta.Timeout(5*time.Second))
-	var a answers
-	var metrics vegeta.LatencyMetrics
+	workers := cmp.Or(o.Workers, 1024)
+	attacker := vegeta.NewAttacker(vegeta.Workers(64), vegeta.MaxWorkers(uint64(workers)), vegeta.Connections(workers), vegeta.Timeout(5*time.Second))
+	a := answers{Apart: o.Workers > 0}
+	var metrics, refusals vegeta.LatencyMetrics
 	measured := time.Duration(o.Seconds) * time.Second
 	start := time.Now()
 	for r := range attacker.Attack(target, vegeta.Rate{Freq: o.Rate, Per: time.Second}, openWarmUp+measured, "") {
@@ -213,9 +218,16 @@ func openLoad(o load) answers {
 			a.Refused++
 		}
 		a.Requests++
+		if a.Apart && r.Code >= 400 {
+			refusals.Add(r.Latency)
+			continue
+		}
 		metrics.Add(r.Latency)
 	}
 	a.Micros = micros(time.Since(start) - openWarmUp)
+	if a.Apart && a.Refused > 0 {
+		a.Refusal = micros(refusals.Quantile(0.99))
+	}
 	if a.Requests > 0 {
 		a.P50, a.P99 = micros(metrics.Quantile(0.5)), micros(metrics.Quantile(0.99))
 	}

@@ -146,6 +146,13 @@ func (l *lab) measurements() []measurement {
 				sweepSeconds, sweptDays, sweptEvents, sweptKeys),
 			take: func(ctx context.Context) (sample, error) { return l.besideSweep(ctx, old) }})
 	}
+	all = append(all,
+		measurement{group: "overload", name: "overload, open loop", unit: unitOrders, ours: true, once: true, take: l.overload,
+			settings: fmt.Sprintf("vegeta, %d times the peak, at most %d under way, %d s after 1 s of warm-up, fresh keys", overloadFactor, overloadWorkers, overloadSeconds)},
+		measurement{group: "overload", name: "overload, " + plural(overloadMany, "connection"), unit: unitOrders, ours: true, once: true,
+			take: l.overloadClosed, settings: fmt.Sprintf("%d connections for %d s, each sends again at once, fresh keys", overloadMany, overloadSeconds)},
+		measurement{group: "overload", name: "intake beside 10,000 idle connections", unit: unitOrders, ours: true, once: true,
+			take: l.idleConnections, settings: l.loadSettings(clientsSome) + ", fresh keys"})
 	for _, events := range []int{drained, drainedLong} {
 		drain(events, false)
 		drain(events, true)

@@ -1,0 +1,139 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+const (
+	overloadFactor  = 10
+	overloadSeconds = 60
+	overloadWorkers = 8000 // requests under way from the generator
+	overloadMany    = 4000 // connections that send again at once
+	idleConns       = 10_000
+	recoveryLimit   = 30 * time.Second
+)
+
+// overload offers many times the peak, open loop, for as long as a load may last, and then asks how soon it is over.
+func (l *lab) overload(ctx context.Context) (sample, error) {
+	peak := l.peak(server)
+	if peak < 1 {
+		return sample{}, errors.New("the rate follows from the peak; measure it in the same run: --only intake,overload")
+	}
+	o := load{Rate: int(overloadFactor * peak), Workers: overloadWorkers}
+	return l.overloaded(ctx, l.open, o, fmt.Sprintf("asked for %d/s", o.Rate))
+}
+
+// overloadClosed has many connections send, and again at once when they are refused: that offers more than an open loop can on
+// the same machine.
+func (l *lab) overloadClosed(ctx context.Context) (sample, error) {
+	return l.overloaded(ctx, l.closed, load{Connections: overloadMany}, "latencies with those of refusals")
+}
+
+func (l *lab) overloaded(ctx context.Context, send func(context.Context, load) (answers, error), o load, note string) (sample, error) {
+	if err := l.reset(ctx); err != nil {
+		return sample{}, err
+	}
+	p, err := l.start(ctx, server, database)
+	if err != nil {
+		return sample{}, err
+	}
+	defer p.stop()
+	normal, err := l.closed(ctx, load{Addr: p.addr, Connections: 1, Seconds: 1, Body: body})
+	if err != nil {
+		return sample{}, err
+	}
+	o.Addr, o.Seconds, o.Body = p.addr, overloadSeconds, body
+	watched := l.watch(p)
+	a, err := send(ctx, o)
+	if err != nil {
+		return sample{}, err
+	}
+	s := sampleOf(a)
+	s.used, s.failed = watched(), a.Broken // to refuse is what is wanted
+	recovered, err := l.recovers(ctx, p, normal.P99)
+	if err != nil {
+		return s, err
+	}
+	seconds := a.Micros / 1e6
+	s.note = fmt.Sprintf("%s, sent %.0f/s; refused %.0f/s", note, float64(a.Requests+a.Broken)/seconds, float64(a.Refused)/seconds)
+	if a.Apart {
+		s.note += fmt.Sprintf(" with a p99 of %.0f ms", a.Refusal/1000)
+	}
+	if peak := l.peak(server); peak > 0 {
+		s.note += fmt.Sprintf("; %.2f of the peak", s.rate/peak)
+	}
+	s.note += fmt.Sprintf("; normal again after %.1f s", recovered.Seconds())
+	return s, nil
+}
+
+// recovers returns how long it takes until ten orders in a row are placed in no more than the time that was normal.
+func (l *lab) recovers(ctx context.Context, p *process, normal float64) (time.Duration, error) {
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	reader, key := bufio.NewReader(conn), freshKeys()
+	start, row := time.Now(), 0
+	for n := uint64(0); row < 10; n++ {
+		sent := time.Now()
+		if sent.Sub(start) > recoveryLimit || ctx.Err() != nil {
+			return 0, fmt.Errorf("%s after the load it is not back to normal, %.1f ms", recoveryLimit, normal/1000)
+		}
+		_ = conn.SetDeadline(sent.Add(5 * time.Second))
+		status, err := exchange(conn, reader, rawRequest(load{Addr: p.addr, Body: body}, key(n)))
+		if err != nil {
+			return 0, err
+		}
+		if row++; status != 200 || micros(time.Since(sent)) > normal {
+			row = 0
+		}
+	}
+	return time.Since(start), nil
+}
+
+// idleConnections opens many connections, has each ask once, and then places orders over others while they are idle.
+func (l *lab) idleConnections(ctx context.Context) (sample, error) {
+	if err := l.reset(ctx); err != nil {
+		return sample{}, err
+	}
+	p, err := l.start(ctx, server, database)
+	if err != nil {
+		return sample{}, err
+	}
+	defer p.stop()
+	conns := make([]net.Conn, idleConns)
+	defer func() {
+		for _, conn := range conns {
+			if conn != nil {
+				conn.Close()
+			}
+		}
+	}()
+	group, _ := errgroup.WithContext(ctx)
+	group.SetLimit(clientsSome)
+	for i := range conns {
+		group.Go(func() (err error) {
+			if conns[i], err = net.Dial("tcp", p.addr); err != nil {
+				return err
+			}
+			_ = conns[i].SetDeadline(time.Now().Add(time.Minute))
+			_, err = exchange(conns[i], bufio.NewReaderSize(conns[i], 512), rawRequest(load{Addr: p.addr, Body: body}, oneKey))
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return sample{}, fmt.Errorf("open %d connections (they need as many files, ulimit -n, here and in the server): %w", idleConns, err)
+	}
+	idle := peakMemory(p.cmd.Process.Pid)
+	s, _, _, err := l.measureClosed(ctx, p, load{Connections: clientsSome, Body: body})
+	s.note = fmt.Sprintf("%d MB before the load", idle/1_000_000)
+	return s, err
+}
