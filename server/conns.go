@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -14,17 +15,16 @@ const maxConns = 12_000
 
 // conns are the connections that are open.
 type conns struct {
-	limit     int
+	limit     int64
 	log       *slog.Logger
-	mu        sync.Mutex
-	silent    map[net.Conn]bool // by connection, whether no request has begun on it; guarded by mu
-	lastClose time.Time         // guarded by mu
-	logged    time.Time         // when it was last logged that one was refused; guarded by mu
+	open      atomic.Int64
+	counted   sync.Map     // connections that count as open
+	silent    sync.Map     // those of them on which no request has begun
+	lastClose atomic.Int64 // when one was closed, in nanoseconds
+	logged    atomic.Int64 // when it was last logged that one was refused, in nanoseconds
 }
 
-func newConns(limit int, log *slog.Logger) *conns {
-	return &conns{limit: limit, log: log, silent: map[net.Conn]bool{}}
-}
+func newConns(limit int, log *slog.Logger) *conns { return &conns{limit: int64(limit), log: log} }
 
 // tooMany is all that a connection too many gets. It may be lost when the client has sent something already.
 var tooMany = func() []byte {
@@ -35,20 +35,25 @@ var tooMany = func() []byte {
 
 // note keeps the connections up to date: it is an http.Server's ConnState. One too many is closed.
 func (c *conns) note(conn net.Conn, state http.ConnState) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	switch state {
-	case http.StateNew:
-		if len(c.silent) >= c.limit {
+	case http.StateNew: // of which there is one at a time
+		if c.open.Load() >= c.limit {
 			c.refuse(conn)
 			return
 		}
-		c.silent[conn] = true
+		c.open.Add(1)
+		c.counted.Store(conn, true)
+		c.silent.Store(conn, true)
+	case http.StateActive:
+		if _, first := c.silent.Load(conn); first {
+			c.silent.Delete(conn)
+		}
 	case http.StateClosed, http.StateHijacked:
-		delete(c.silent, conn)
-		c.lastClose = time.Now()
-	default:
-		c.silent[conn] = false
+		c.silent.Delete(conn)
+		if _, counted := c.counted.LoadAndDelete(conn); counted {
+			c.lastClose.Store(time.Now().UnixNano())
+			c.open.Add(-1)
+		}
 	}
 }
 
@@ -56,9 +61,9 @@ func (c *conns) note(conn net.Conn, state http.ConnState) {
 func (c *conns) refuse(conn net.Conn) {
 	_, _ = conn.Write(tooMany) // into an empty buffer: it does not wait
 	_ = conn.Close()
-	if time.Since(c.logged) >= time.Second {
-		c.logged = time.Now()
-		c.log.Warn("Connections are refused: too many are open", "open", len(c.silent), "limit", c.limit)
+	if now := time.Now().UnixNano(); now-c.logged.Load() >= int64(time.Second) {
+		c.logged.Store(now)
+		c.log.Warn("Connections are refused: too many are open", "limit", c.limit)
 	}
 }
 
@@ -76,9 +81,7 @@ func connLimit(files uint64, log *slog.Logger) int {
 
 // quiet tells whether no connection has been open for quietTime.
 func (c *conns) quiet() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.silent) == 0 && time.Since(c.lastClose) >= quietTime
+	return c.open.Load() == 0 && time.Now().UnixNano()-c.lastClose.Load() >= int64(quietTime)
 }
 
 // drain waits until it is quiet, as it is at once when nobody uses the server, or until the limit.
@@ -91,11 +94,8 @@ func (c *conns) drain(limit time.Duration) {
 
 // closeSilent closes the connections on which no request has begun.
 func (c *conns) closeSilent() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for conn, silent := range c.silent {
-		if silent {
-			_ = conn.Close()
-		}
-	}
+	c.silent.Range(func(conn, _ any) bool {
+		_ = conn.(net.Conn).Close()
+		return true
+	})
 }

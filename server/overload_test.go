@@ -39,8 +39,8 @@ func TestOneCallerDoesNotFillTheRoomForOthers(t *testing.T) {
 	for _, caller := range []string{"flood", "flood", "quiet", "other"} {
 		r.leave(caller)
 	}
-	if r.underWay != 0 || len(r.callers) != 0 {
-		t.Errorf("an empty room remembers %d, %v", r.underWay, r.callers)
+	if r.underWay.Load() != 0 || r.of("flood").Load() != 0 {
+		t.Errorf("an empty room has %d, %d", r.underWay.Load(), r.of("flood").Load())
 	}
 }
 
@@ -174,9 +174,7 @@ func TestAConnectionTooManyIsRefusedUntilAnotherCloses(t *testing.T) {
 	}
 	second.Close()
 	for deadline := time.Now().Add(time.Minute); ; {
-		open.mu.Lock()
-		n := len(open.silent)
-		open.mu.Unlock()
+		n := open.open.Load()
 		if n == 1 {
 			break
 		}

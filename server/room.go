@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"idempotent-orders/order"
@@ -18,48 +19,58 @@ const defaultRoom = 1024
 var errCrowded = errors.New("too many requests are under way")
 
 // room bounds the requests under way: one too many is refused at once, since a longer queue would only make every answer later.
-// One caller may fill half of it, so that who floods leaves as much to the others.
+// One caller may fill half of it, so that who floods leaves as much to the others. It has no lock, which a flood would queue for.
 type room struct {
-	each int // for one caller
-	log  *slog.Logger
-
-	mu       sync.Mutex
-	underWay int            // guarded by mu
-	callers  map[string]int // how many of each are under way; guarded by mu
-	refused  int            // since that was logged; guarded by mu
-	logged   time.Time      // guarded by mu
+	each     int64 // for one caller
+	log      *slog.Logger
+	underWay atomic.Int64
+	callers  sync.Map     // by name, how many of each are under way: *atomic.Int64
+	refused  atomic.Int64 // since that was logged
+	logged   atomic.Int64 // when that was, in nanoseconds
 }
 
-func newRoom(each int, log *slog.Logger) *room {
-	return &room{each: each, log: log, callers: map[string]int{}}
-}
+func newRoom(each int, log *slog.Logger) *room { return &room{each: int64(each), log: log} }
 
 // enter lets a request of a caller in, which has to leave, or returns why not.
 func (r *room) enter(ctx context.Context, caller string) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.underWay < 2*r.each && r.callers[caller] < r.each {
-		r.underWay++
-		r.callers[caller]++
-		return nil
+	its := r.of(caller)
+	if its.Add(1) > r.each {
+		its.Add(-1)
+		return r.refuse(ctx, caller)
 	}
-	r.refused++
-	if since := time.Since(r.logged); since >= time.Second { // a line for each would be a flood of its own
-		r.log.WarnContext(ctx, "Requests are refused: too many are under way", "caller", caller, "its", r.callers[caller],
-			"all", r.underWay, "refused", r.refused)
-		r.refused, r.logged = 0, time.Now()
+	if r.underWay.Add(1) > 2*r.each {
+		r.leave(caller)
+		return r.refuse(ctx, caller)
 	}
-	return &refusal{
-		error:  fmt.Errorf("%w: %w", order.ErrUnavailable, errCrowded),
-		detail: "Too many requests are under way, and this one was not begun. Send it again with the same Idempotency-Key.",
-	}
+	return nil
 }
 
 func (r *room) leave(caller string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.underWay--
-	if r.callers[caller]--; r.callers[caller] == 0 {
-		delete(r.callers, caller)
+	r.underWay.Add(-1)
+	r.of(caller).Add(-1)
+}
+
+// of returns how many requests of a caller are under way. There are as many callers as API keys.
+func (r *room) of(caller string) *atomic.Int64 {
+	if its, ok := r.callers.Load(caller); ok {
+		return its.(*atomic.Int64)
 	}
+	its, _ := r.callers.LoadOrStore(caller, new(atomic.Int64))
+	return its.(*atomic.Int64)
+}
+
+// crowded is the same for every refusal: making it anew would cost more than all else about it.
+var crowded = &refusal{
+	error:  fmt.Errorf("%w: %w", order.ErrUnavailable, errCrowded),
+	detail: "Too many requests are under way, and this one was not begun. Send it again with the same Idempotency-Key.",
+}
+
+func (r *room) refuse(ctx context.Context, caller string) error {
+	refused := r.refused.Add(1)
+	now, last := time.Now().UnixNano(), r.logged.Load()
+	if now-last >= int64(time.Second) && r.logged.CompareAndSwap(last, now) { // a line for each would be a flood of its own
+		r.refused.Add(-refused)
+		r.log.WarnContext(ctx, "Requests are refused: too many are under way", "caller", caller, "underWay", r.underWay.Load(), "refused", refused)
+	}
+	return crowded
 }
