@@ -56,6 +56,10 @@ test: test-servers ## run every test against a real PostgreSQL and Redis, with r
 test-servers: ## install redis-server and PostgreSQL when they are missing
 	@internal/testenv/install.sh
 
+.PHONY: model
+model: ## check the model of placing an order with spin; needs spin and cc
+	@model/check.sh
+
 .PHONY: fuzz
 fuzz: test-servers ## run each fuzz target for FUZZTIME (30s)
 	@set -e; for package in $$(go list ./...); do \
