@@ -16,8 +16,12 @@ import (
 // Stream is the Redis stream of events.
 const Stream = "orders.events"
 
-// readSlack is how much longer than asked for a read may take.
-const readSlack = time.Second
+const (
+	// readSlack is how much longer than asked for a read may take.
+	readSlack = time.Second
+	// streamWait is after what time a consumer looks again whether there is a stream.
+	streamWait = 250 * time.Millisecond
+)
 
 // RedisStreams publishes to a Redis stream, one field for each attribute of an event.
 type RedisStreams struct {
@@ -188,7 +192,8 @@ func event(values map[string]any) (Event, error) {
 }
 
 // Subscribe returns the subscription of a consumer group. A delivery that is neither acknowledged nor kept for abandonedAfter is
-// received again. The group begins at the start of the stream, and is made again when it is missing. The name is for people who
+// received again. The group begins at the start of the stream, and is made again when it is missing; the stream itself is made by
+// Epoch alone, and until then there is nothing to receive. The name is for people who
 // look into Redis: nothing depends on it, and processes may share one. One that stays the same, like the host's, leaves no
 // names of the dead behind.
 func (b *RedisStreams) Subscribe(group, name string, abandonedAfter time.Duration) *RedisSubscription {
@@ -209,8 +214,11 @@ type RedisSubscription struct {
 func (s *RedisSubscription) Receive(ctx context.Context, limit int, wait time.Duration) ([]Delivery, error) {
 	deliveries, err := s.next(ctx, limit, wait)
 	if redis.HasErrorPrefix(err, "NOGROUP") {
-		if err := s.createGroup(ctx); err != nil {
+		switch made, err := s.createGroup(ctx); {
+		case err != nil:
 			return nil, err
+		case !made:
+			return nil, pause(ctx, min(wait, streamWait))
 		}
 		deliveries, err = s.next(ctx, limit, wait)
 	}
@@ -298,12 +306,28 @@ func (s *RedisSubscription) read(ctx context.Context, limit int, wait time.Durat
 	return streams[0].Messages, nil
 }
 
-func (s *RedisSubscription) createGroup(ctx context.Context) error {
-	err := s.redis.XGroupCreateMkStream(ctx, Stream, s.group, "0").Err()
-	if err != nil && !redis.HasErrorPrefix(err, "BUSYGROUP") {
-		return fmt.Errorf("create consumer group %s of stream %s: %w", s.group, Stream, err)
+// createGroup makes the group, and returns whether there is a stream to make it of. Made here, a stream that was lost would look
+// as if it had never been: a relay that has not looked since would publish into it, before what was lost.
+func (s *RedisSubscription) createGroup(ctx context.Context) (made bool, err error) {
+	err = s.redis.XGroupCreate(ctx, Stream, s.group, "0").Err()
+	switch {
+	case err == nil || redis.HasErrorPrefix(err, "BUSYGROUP"):
+		return true, nil
+	case strings.Contains(err.Error(), "requires the key to exist"):
+		return false, nil
+	default:
+		return false, fmt.Errorf("create consumer group %s of stream %s: %w", s.group, Stream, err)
 	}
-	return nil
+}
+
+// pause waits, unless ctx is done before.
+func pause(ctx context.Context, wait time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(wait):
+		return nil
+	}
 }
 
 // Keep starts the deliveries' clocks anew in one command, without counting as another delivery.
