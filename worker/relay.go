@@ -162,7 +162,7 @@ func (r *Relay) round(ctx context.Context, q *db.Queries, done *round) (err erro
 		return fmt.Errorf("claim a batch: %w", err)
 	}
 	done.claimed, done.upTo = len(rows) > 0, math.MaxInt64
-	if len(rows) == int(done.batch) {
+	if len(rows) >= int(done.batch) {
 		done.upTo = rows[len(rows)-1].ID
 	}
 	batch := make([]claimed, len(rows))
