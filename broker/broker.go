@@ -43,8 +43,9 @@ type Publisher interface {
 	// Publish returns nil when the broker has accepted every event, in their order, and a *RefusedError when it has accepted all
 	// but some that it refuses for what they are. After any other error any of them may have been accepted.
 	Publish(ctx context.Context, events []Event) error
-	// Epoch names one life of the broker's memory. Another one means that it may have forgotten what it accepted.
-	Epoch(ctx context.Context) (string, error)
+	// Epoch names one life of the broker's memory. Another one means that it may have forgotten what it accepted. When what it
+	// publishes into is gone, it makes that anew, but calls lost first: as long as there is nothing, nobody can publish.
+	Epoch(ctx context.Context, lost func(context.Context) error) (string, error)
 }
 
 // RefusedError tells which events of a batch the broker refuses, and would refuse again. The others were accepted.

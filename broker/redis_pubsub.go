@@ -96,7 +96,9 @@ func (b *RedisPubSub) heard(ctx context.Context, receivers int64) {
 
 // Epoch is always the same: what keeps nothing forgets nothing, so nothing is published again by itself, except once after a
 // change from another broker.
-func (b *RedisPubSub) Epoch(context.Context) (string, error) { return "redis-pubsub", nil }
+func (b *RedisPubSub) Epoch(context.Context, func(context.Context) error) (string, error) {
+	return "redis-pubsub", nil
+}
 
 // envelope is an event as a message.
 type envelope struct {

@@ -84,8 +84,8 @@ func refuses(err error) bool {
 const epochMark = "epoch:"
 
 // Epoch is another when Redis was restarted, when another server took over, and when the stream was lost.
-func (b *RedisStreams) Epoch(ctx context.Context) (string, error) {
-	mark, err := b.mark(ctx)
+func (b *RedisStreams) Epoch(ctx context.Context, lost func(context.Context) error) (string, error) {
+	mark, err := b.mark(ctx, lost)
 	if err != nil {
 		return "", fmt.Errorf("mark stream %s: %w", Stream, err)
 	}
@@ -96,8 +96,8 @@ func (b *RedisStreams) Epoch(ctx context.Context) (string, error) {
 	return run + " " + mark, nil
 }
 
-// mark returns the mark of the stream, and marks one that has none.
-func (b *RedisStreams) mark(ctx context.Context) (string, error) {
+// mark returns the mark of the stream, and marks one that has none, or makes it.
+func (b *RedisStreams) mark(ctx context.Context, lost func(context.Context) error) (string, error) {
 	groups, err := b.redis.XInfoGroups(ctx, Stream).Result()
 	if err != nil && !strings.HasSuffix(err.Error(), "no such key") {
 		return "", err
@@ -106,6 +106,9 @@ func (b *RedisStreams) mark(ctx context.Context) (string, error) {
 		if strings.HasPrefix(group.Name, epochMark) {
 			return group.Name, nil
 		}
+	}
+	if err := lost(ctx); err != nil {
+		return "", err
 	}
 	mark := epochMark + uuid.NewString()
 	return mark, b.redis.XGroupCreateMkStream(ctx, Stream, mark, "$").Err()

@@ -258,10 +258,17 @@ func TestAnEventThatIsRefusedWhenItIsPublishedAgainIsHeldBackWithItsOrder(t *tes
 
 func TestAfterTheStreamIsLostNothingNewOvertakesWhatWasLost(t *testing.T) {
 	t.Parallel()
+	dies := errors.New("it dies")
 	for name, meanwhile := range map[string]func(b *bench){
 		"nobody else notices": func(*bench) {},
 		"consumers notice": func(b *bench) {
 			if err := b.consumer("one", b.mails).Drain(b.t.Context()); err != nil {
+				b.t.Fatal(err)
+			}
+		},
+		"another relay notices, and dies in its turn": func(b *bench) {
+			other := b.relay(dyingInItsTurn{b.broker, dies})
+			if _, err := other.runOnce(b.t.Context()); !errors.Is(err, dies) {
 				b.t.Fatal(err)
 			}
 		},
@@ -293,6 +300,19 @@ func TestAfterTheStreamIsLostNothingNewOvertakesWhatWasLost(t *testing.T) {
 	}
 	b.drain(relay, b.consumer("one", b.mails))
 	b.reconciled(0)
+}
+
+// dyingInItsTurn is a broker whose relay dies when it has asked for the epoch.
+type dyingInItsTurn struct {
+	*broker.RedisStreams
+	err error
+}
+
+func (d dyingInItsTurn) Epoch(ctx context.Context, lost func(context.Context) error) (string, error) {
+	if _, err := d.RedisStreams.Epoch(ctx, lost); err != nil {
+		return "", err
+	}
+	return "", d.err
 }
 
 func TestAServerThatWasAReplicaForAWhileIsNoticed(t *testing.T) {

@@ -545,7 +545,7 @@ func TestTheStreamIsTrimmedBelowWhatEveryGroupHasAcknowledged(t *testing.T) {
 			}
 			trimmed("without a stream", 0)
 			const events = 500
-			if _, err := streams.Epoch(t.Context()); err != nil { // its mark is a group too
+			if _, err := streams.Epoch(t.Context(), func(context.Context) error { return nil }); err != nil { // its mark is a group too
 				t.Fatal(err)
 			}
 			batch := make([]broker.Event, events)
