@@ -57,7 +57,8 @@ test-servers: ## install redis-server and PostgreSQL when they are missing
 	@internal/testenv/install.sh
 
 .PHONY: model
-model: ## check the model of placing an order with spin; needs spin and cc
+model: ## check the models of the protocol with spin, which is installed when it is missing
+	@internal/testenv/install.sh spin
 	@model/check.sh
 
 .PHONY: fuzz

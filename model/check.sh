@@ -2,47 +2,72 @@
 # Checks the models exhaustively with spin, and that each device is needed: without it spin has to find a counterexample.
 set -eu
 cd "$(dirname "$0")"
-for program in spin cc; do
-	command -v "$program" >/dev/null || { echo "The models need $program: install it, for example with \`apt-get install spin gcc libc6-dev\`" >&2; exit 1; }
-done
+here=$PWD failed=0
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 trap 'exit 1' HUP INT TERM
-here=$PWD failed=0
+cd "$folder"
 
-# check MODEL EXPECTED [-D...]: EXPECTED is clean, assertion, or cycle. A model with FAULTS or LIVE is checked for its
-# liveness property, with weak fairness.
+# check MODEL EXPECTED [-D...]: EXPECTED is clean, cycle (the liveness property fails), or a part of the assertion that fails. With FAULTS a model is checked for its liveness property, with weak fairness.
 check() {
 	model=$1 expected=$2
 	shift 2
-	cd "$folder"
 	case " $* " in
-	*' -DFAULTS='* | *' -DLIVE '*) compile='-DNFAIR=4' run='-a -f' ;;
-	*) compile='-DSAFETY' run='' ;;
+	*' -DFAULTS='*) compile=-DNFAIR=4 run='-a -f' ;;
+	*) compile=-DSAFETY run= ;;
 	esac
-	spin -a "$@" "$here/$model.pml" >said 2>&1 || { cat said; exit 1; }
-	cc -O2 -w -DCOLLAPSE -DMEMLIM=4000 $compile -o pan pan.c
-	./pan -m1000000 -w22 $run >said 2>&1 || true
-	found=incomplete
-	if grep -q 'assertion violated' said; then found=assertion
+	rm -f said ./*.trail
+	# shellcheck disable=SC2086 # run is split on purpose
+	{ spin -a "$@" "$here/$model.pml" && cc -O2 -w -DCOLLAPSE -DMEMLIM=2000 "$compile" -o pan pan.c && ./pan -m1000000 -w22 $run; } >said 2>&1 ||
+		echo "exit status $?" >>said
+	if grep -q 'assertion violated' said; then found=$(sed -n 's/^pan:[0-9]*: assertion violated *\(.*\) (at depth.*/\1/p' said)
 	elif grep -q 'acceptance cycle (' said; then found=cycle
-	elif grep -q 'errors: 0' said && ! grep -qi 'max search depth too small\|Search not completed\|memory limit' said; then found=clean
+	elif grep -q 'errors: 0' said && ! grep -qi 'exit status\|depth too small\|not completed\|memory limit\|out of memory' said; then found=clean
+	else found='not completed'
 	fi
 	states=$(sed -n 's/^ *\([0-9.e+]*\) states, stored.*/\1/p' said)
-	time=$(sed -n 's/.*elapsed time \([0-9.]*\) seconds/\1/p' said)
-	printf '%-9s %-42s %-10s %9s states %6s s\n' "$model" "${*:-(no bound on faults)}" "$found" "$states" "$time"
-	if [ "$found" != "$expected" ]; then
-		echo "  expected $expected:"; grep -v '^Depth' said | head -20
+	time=$(sed -n 's/^pan: elapsed time \([0-9.]*\) seconds/\1/p' said)
+	printf '%-8s %-38s %10s states %6s s  %s\n' "$model" "$*" "$states" "$time" "$found"
+	case $found in
+	*"$expected"*) ;;
+	*)
+		echo "  expected: $expected"
+		grep -v '^Depth\|^$' said | sed 's/^/  /' | head -20
 		failed=1
-	fi
-	cd "$here"
+		;;
+	esac
 }
 
 check intake clean
 check intake clean -DFAULTS=1
-check intake assertion -DREMOVE_UNIQUE_KEY
-check intake assertion -DREMOVE_TOKEN
-check intake assertion -DREMOVE_LOOKUP
-check intake assertion -DREMOVE_FINGERPRINT
+check intake 'orders<=1' -DREMOVE_UNIQUE_KEY
+check intake 'standing==send' -DREMOVE_TOKEN
+check intake 'holder==row' -DREMOVE_LOOKUP
+check intake 'asks[holder]==asks[send]' -DREMOVE_FINGERPRINT
 check intake cycle -DFAULTS=1 -DREMOVE_EXPIRY
+
+check claim clean
+check claim clean -DSAME_ORDER
+check claim clean -DFAULTS=1
+check claim clean -DFAULTS=0 -DSTRANGER
+check claim 'published>>1' -DSAME_ORDER -DREMOVE_TURN
+check claim 'n<=1' -DREMOVE_MATERIALIZED
+check claim 'floor>=1' -DREMOVE_HORIZON
+check claim cycle -DFAULTS=0 -DREMOVE_HORIZON -DLEFT_BEHIND -DREMOVE_LOOK
+check claim clean -DFAULTS=0 -DREMOVE_HORIZON -DLEFT_BEHIND # until the look below the floor
+check claim cycle -DFAULTS=0 -DSTRANGER -DREMOVE_LOOK
+
+check redrive clean
+check redrive clean -DFAULTS=1 -DFORGETS=1
+check redrive clean -DFAULTS=0 -DFORGETS=1 -DOLD_DUMP
+check redrive 'published|finished' -DREMOVE_NOTE_FIRST
+check redrive 'published|finished' -DREMOVE_NOMKSTREAM
+check redrive cycle -DFAULTS=0 -DFORGETS=1 -DREMOVE_EPOCH
+check redrive 'published|finished' -DSTANDSTILL # a gap that is known: see README.md
+
+check consume clean
+check consume clean -DFAULTS=3
+check consume 'allowed>0' -DREMOVE_INBOX
+check consume 'holder==c' -DREMOVE_TOKEN
+check consume 'allowed>0' -DREMOVE_TOKEN -DONLY_MAILS
 exit $failed

@@ -1,5 +1,6 @@
 #!/bin/sh
 # Makes sure that redis-server and PostgreSQL are installed: the tests start their own from them. Silent when they are.
+# `install.sh spin` makes sure of spin instead, and of the C compiler that it needs, for the models.
 #
 # As root it installs what is missing with apt-get, without starting it as a service; otherwise with Homebrew; without
 # either it says what to install. It looks where the tests look: internal/local/binaries.go and internal/local/redis.go.
@@ -38,9 +39,16 @@ has_postgresql() {
 		/Applications/Postgres.app/Contents/Versions/*/bin
 }
 
-# look sets redis and postgresql to what has to be installed: nothing, or the name.
+what=${1:-servers} purpose=tests
+[ "$what" != spin ] || purpose=models
+
+# look sets redis, postgresql and spin to what has to be installed: nothing, or the name.
 look() {
-	redis='' postgresql=''
+	redis='' postgresql='' spin=''
+	if [ "$what" = spin ]; then
+		command -v spin >/dev/null && command -v cc >/dev/null || spin=spin
+		return
+	fi
 	set -f # a folder of the PATH is no pattern
 	saved_ifs=$IFS IFS=:
 	# shellcheck disable=SC2086 # split on purpose
@@ -66,24 +74,24 @@ install_with_apt() {
 }
 
 look
-[ -n "$redis$postgresql" ] || exit 0
+[ -n "$redis$postgresql$spin" ] || exit 0
 
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
-	set -- ${redis:+redis-server} ${postgresql:+postgresql}
-	echo "Installing $* with apt-get, for the tests"
+	set -- ${redis:+redis-server} ${postgresql:+postgresql} ${spin:+spin gcc libc6-dev}
+	echo "Installing $* with apt-get, for the $purpose"
 	install_with_apt "$@" </dev/null
 elif [ "$(id -u)" -ne 0 ] && command -v brew >/dev/null; then
-	set -- ${redis:+redis} ${postgresql:+postgresql@17}
-	echo "Installing $* with Homebrew, for the tests"
+	set -- ${redis:+redis} ${postgresql:+postgresql@17} ${spin:+spin}
+	echo "Installing $* with Homebrew, for the $purpose"
 	brew install "$@" </dev/null
 fi
 
 look
-[ -n "$redis$postgresql" ] || exit 0
-wanted=${redis:+redis-server 6.2 or newer}${redis:+${postgresql:+ and }}${postgresql:+PostgreSQL 14 or newer (postgres and initdb)}
+[ -n "$redis$postgresql$spin" ] || exit 0
+wanted=${redis:+redis-server 6.2 or newer}${redis:+${postgresql:+ and }}${postgresql:+PostgreSQL 14 or newer (postgres and initdb)}${spin:+spin and a C compiler}
 how=
 if command -v apt-get >/dev/null; then
-	how=", for example with \`sudo apt-get install${redis:+ redis-server}${postgresql:+ postgresql}\`"
+	how=", for example with \`sudo apt-get install${redis:+ redis-server}${postgresql:+ postgresql}${spin:+ spin gcc libc6-dev}\`"
 fi
-echo "The tests need $wanted: install it$how" >&2
+echo "The $purpose need $wanted: install it$how" >&2
 exit 1
