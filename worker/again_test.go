@@ -296,10 +296,10 @@ func TestAfterTheStreamIsLostNothingNewOvertakesWhatWasLost(t *testing.T) {
 			if want := []string{"order.created.v1", "second"}; !slices.Equal(types, want) {
 				t.Errorf("the stream has %v; want %v", types, want)
 			}
+			b.drain(relay, b.consumer("one", b.mails))
+			b.reconciled(0)
 		})
 	}
-	b.drain(relay, b.consumer("one", b.mails))
-	b.reconciled(0)
 }
 
 // dyingInItsTurn is a broker whose relay dies when it has asked for the epoch.

@@ -34,7 +34,7 @@ const (
 	// mostOrders ends a case in which the process does not die.
 	mostOrders = 2000
 	// atOnce is how many cases run at once. They mostly wait for what a dead process held.
-	atOnce = 32
+	atOnce = 12
 	// victim is the role of PostgreSQL that processes have which are to die.
 	victim = "victim"
 )
