@@ -36,8 +36,9 @@ fmt-check: ## fail when a hand-written file is not formatted
 	@bad=$$(gofmt -l $(FILES)) && test -z "$$bad" || { echo "not formatted (make fmt): $$bad"; exit 1; }
 
 .PHONY: vet
-vet: ## go vet
+vet: ## go vet, of the builds that break on purpose too
 	go vet ./...
+	go vet -tags=faults ./...
 
 .PHONY: lint
 lint: ## staticcheck on the hand-written packages
