@@ -84,7 +84,10 @@ func (b *bench) relay(p broker.Publisher) *Relay { return NewRelay(b.pool, p, b.
 
 // consumer returns a consumer of its own name whose events are abandoned almost at once when it dies.
 func (b *bench) consumer(name string, sender Sender) *Consumer {
-	const abandonedAfter = 100 * time.Millisecond
+	return b.consumerAfter(100*time.Millisecond, name, sender)
+}
+
+func (b *bench) consumerAfter(abandonedAfter time.Duration, name string, sender Sender) *Consumer {
 	return NewConsumer(b.pool, b.broker.Subscribe(EmailConsumer, name, abandonedAfter), sender, abandonedAfter,
 		slog.New(slog.NewTextHandler(b.log, nil)))
 }
