@@ -187,6 +187,7 @@ func TestAConsumerThatStoodStillSendsAndMarksNothingThatAnotherTookOver(t *testi
 		return nil
 	}))
 	still.subscription = neglecting{still.subscription.(*broker.RedisSubscription)}
+	still.inHand = concurrentSends // else it would receive again what it let go, and be less still than it seems
 	b.start(still.Run)
 	goOn := sync.OnceFunc(func() { close(gate) })
 	t.Cleanup(goOn) // before it is waited for
