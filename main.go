@@ -65,7 +65,7 @@ func getenv(name string) string {
 
 // softMemory is where the heap is collected as often as it takes not to grow: thousands of connections need some, and five times as
 // much is not theirs.
-const softMemory = 256 << 20
+const softMemory = 384 << 20
 
 // errUsage: the command line was wrong, and the user was told.
 var errUsage = errors.New("wrong usage")

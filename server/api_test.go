@@ -41,6 +41,7 @@ type testAPI struct {
 	redis  redis.UniversalClient
 	server *testenv.RedisServer
 	log    *bytes.Buffer // read it only when the server is done
+	holds  *holds
 	stop   func()
 	client *http.Client
 	routes routers.Router
@@ -79,7 +80,8 @@ func serveAPI(t *testing.T, cfg Config, redisServer *testenv.RedisServer) *testA
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
-	go func() { served <- New(cfg).Serve(ctx, listener) }()
+	s := New(cfg)
+	go func() { served <- s.Serve(ctx, listener) }()
 	stop := sync.OnceFunc(func() {
 		cancel()
 		if err := <-served; err != nil {
@@ -104,7 +106,7 @@ func serveAPI(t *testing.T, cfg Config, redisServer *testenv.RedisServer) *testA
 	}
 	return &testAPI{
 		t: t, url: "http://" + listener.Addr().String(), pool: cfg.Pool, redis: cfg.Redis, server: redisServer, log: &out,
-		stop: stop, client: &http.Client{Transport: transport, Timeout: time.Minute}, routes: routes,
+		holds: &s.holds, stop: stop, client: &http.Client{Transport: transport, Timeout: time.Minute}, routes: routes,
 	}
 }
 

@@ -34,7 +34,11 @@ func (s *Server) authenticated(r *http.Request) (*http.Request, error) {
 	if !ok || found < 0 {
 		return nil, errUnauthorized
 	}
-	return r.WithContext(context.WithValue(r.Context(), callerKey{}, s.Callers[found].Name)), nil
+	name := s.Callers[found].Name
+	if l, ok := r.Context().Value(linkKey{}).(*link); ok {
+		l.carries(name)
+	}
+	return r.WithContext(context.WithValue(r.Context(), callerKey{}, name)), nil
 }
 
 // isOrders tells whether a path is that of an operation that asks who calls.

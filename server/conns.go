@@ -57,7 +57,8 @@ func (c *conns) note(conn net.Conn, state http.ConnState) {
 	}
 }
 
-// refuse answers and closes a connection that nobody has begun to read.
+// refuse answers and closes a connection that nobody has begun to read. No other is accepted meanwhile, and for a moment after:
+// those that the kernel then refuses cost nearly nothing.
 func (c *conns) refuse(conn net.Conn) {
 	_, _ = conn.Write(tooMany) // into an empty buffer: it does not wait
 	_ = conn.Close()
@@ -65,6 +66,7 @@ func (c *conns) refuse(conn net.Conn) {
 		c.logged.Store(now)
 		c.log.Warn("Connections are refused: too many are open", "limit", c.limit)
 	}
+	time.Sleep(time.Second / refusals)
 }
 
 // connLimit returns how many connections may be open, of the files that the process may open.

@@ -32,8 +32,12 @@ func (a *testAPI) dial() *wire {
 // place sends an order and returns the answer, and whether the server closes the connection with it.
 func (w *wire) place(key string) (reply, bool) {
 	w.t.Helper()
-	fmt.Fprintf(w, "POST /orders HTTP/1.1\r\nHost: x\r\nIdempotency-Key: %s\r\nContent-Length: 0\r\n\r\n", key)
+	w.send(key)
 	return w.read()
+}
+
+func (w *wire) send(key string) {
+	fmt.Fprintf(w, "POST /orders HTTP/1.1\r\nHost: x\r\nIdempotency-Key: %s\r\nContent-Length: 0\r\n\r\n", key)
 }
 
 func (w *wire) read() (reply, bool) {

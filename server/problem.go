@@ -8,8 +8,10 @@ import (
 	"errors"
 	"html/template"
 	"log/slog"
+	"math"
 	"net/http"
 	"strconv"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -191,11 +193,20 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if p.status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", "Bearer")
 	}
+	tooMany, hold := errors.Is(err, errCrowded) || errors.Is(err, errTooManyRequests), time.Duration(0)
+	if tooMany {
+		hold = s.holds.join()
+		p.retryAfter = max(p.retryAfter, int(math.Ceil(hold.Seconds())))
+	}
 	if p.retryAfter > 0 {
 		h.Set("Retry-After", strconv.Itoa(p.retryAfter))
 	}
+	h.Set("Content-Length", strconv.Itoa(buf.Len()))
 	w.WriteHeader(p.status)
 	_, _ = w.Write(buf.Bytes())
+	if tooMany {
+		s.holds.hold(r.Context(), w, hold)
+	}
 }
 
 func (s *Server) logProblem(r *http.Request, p problemType, id string, err error) {

@@ -68,8 +68,9 @@ type Server struct {
 	docs     func() ([]byte, error) // the page, made when it is first asked for
 	working  *room                  // requests under way that do not wait for another send
 	waiting  *room                  // those that may, and so stay longer: they keep nobody out of the other
-	draining atomic.Bool            // it will stop: whoever asks is told, and served
-	stopping context.Context        // done when the server stops: those who wait for another send give up
+	holds    holds
+	draining atomic.Bool     // it will stop: whoever asks is told, and served
+	stopping context.Context // done when the server stops: those who wait for another send give up
 	stop     context.CancelFunc
 }
 
@@ -88,7 +89,7 @@ func New(cfg Config) *Server {
 	}
 	s := &Server{
 		Config: cfg, mux: http.NewServeMux(), docs: sync.OnceValues(renderDocs),
-		working: newRoom(cfg.Room, cfg.Log), waiting: newRoom(cfg.Room, cfg.Log),
+		working: newRoom(cfg.Room, cfg.Log), waiting: newRoom(cfg.Room, cfg.Log), holds: holds{released: make(chan struct{})},
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	strict := api.NewStrictHandlerWithOptions(s, nil, api.StrictHTTPServerOptions{
@@ -121,6 +122,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          slog.NewLogLogger(s.Log.Handler(), slog.LevelDebug),
 		ConnState:         open.note,
+		ConnContext:       func(ctx context.Context, _ net.Conn) context.Context { return linked(ctx) },
 
 		DisableGeneralOptionsHandler: true,
 	}
@@ -132,6 +134,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	case <-ctx.Done():
 	}
 	s.draining.Store(true)
+	close(s.holds.released) // so that they are told, too
 	open.drain(s.DrainTimeout)
 	s.stop()
 	defer time.AfterFunc(greetTimeout, open.closeSilent).Stop() // Shutdown would wait five seconds for each
@@ -217,8 +220,8 @@ func (s *Server) route(w http.ResponseWriter, r *http.Request) {
 		err = s.metered(known)
 	}
 	if err != nil {
-		if r.ContentLength != 0 {
-			w.Header().Set("Connection", "close") // net/http would wait for the body, to use the connection again
+		if known == nil && r.ContentLength != 0 || r.ContentLength < 0 || r.ContentLength > maxBody {
+			w.Header().Set("Connection", "close") // net/http would read the body, to use the connection again
 		}
 		s.refuse(w, r, err)
 		return
