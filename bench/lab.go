@@ -15,7 +15,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 
@@ -116,20 +115,7 @@ func (l *lab) findPgbench(ctx context.Context) error {
 
 // create makes a database with the project's schema.
 func (l *lab) create(ctx context.Context, name string) (*pgxpool.Pool, error) {
-	conn, err := pgx.Connect(ctx, l.postgres.URL("postgres"))
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close(context.WithoutCancel(ctx))
-	if _, err := conn.Exec(ctx, "CREATE DATABASE "+name); err != nil {
-		return nil, err
-	}
-	m, err := migrations.Open(l.postgres.URL(name), slog.New(slog.DiscardHandler))
-	if err != nil {
-		return nil, err
-	}
-	defer m.Close()
-	if _, err := m.Up(ctx); err != nil {
+	if err := migrations.Create(ctx, l.postgres.URL, name); err != nil {
 		return nil, err
 	}
 	return pgxpool.New(ctx, l.postgres.URL(name)) // without the project's time limits: emptying and filling take what they take

@@ -47,6 +47,26 @@ func Open(url string, log *slog.Logger) (*Migrations, error) {
 	return &Migrations{db: db, provider: provider}, nil
 }
 
+// Create creates a database with the whole schema on a server of one's own, whose databases have the addresses that url
+// returns.
+func Create(ctx context.Context, url func(database string) string, name string) error {
+	conn, err := pgx.Connect(ctx, url("postgres"))
+	if err != nil {
+		return err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	if _, err := conn.Exec(ctx, "CREATE DATABASE "+pgx.Identifier{name}.Sanitize()); err != nil {
+		return err
+	}
+	m, err := Open(url(name), slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	_, err = m.Up(ctx)
+	return err
+}
+
 // Close gives the connections back.
 func (m *Migrations) Close() error { return m.db.Close() }
 
@@ -113,15 +133,18 @@ type locker struct{ log *slog.Logger }
 const lockID = 0x6f7264657273 // "orders"
 
 func (l locker) SessionLock(ctx context.Context, conn *sql.Conn) error {
-	said := time.AfterFunc(time.Second, func() { l.log.Info("Waiting for another program that migrates") })
-	defer said.Stop()
-	for {
+	began, said := time.Now(), false
+	for held := false; ; held = true {
 		var locked bool
-		if err := conn.QueryRowContext(ctx, "SELECT pg_try_advisory_lock($1)", lockID).Scan(&locked); err != nil {
-			return fmt.Errorf("take the migration lock: %w", err)
-		}
-		if locked {
+		err := conn.QueryRowContext(ctx, "SELECT pg_try_advisory_lock($1)", lockID).Scan(&locked)
+		switch {
+		case err == nil && locked:
 			return nil
+		case err != nil && !(held && ctx.Err() != nil):
+			return fmt.Errorf("take the migration lock: %w", err)
+		case !said && time.Since(began) > time.Second:
+			l.log.Info("Waiting for another program that migrates")
+			said = true
 		}
 		select {
 		case <-ctx.Done():

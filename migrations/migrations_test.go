@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/pressly/goose/v3"
@@ -154,13 +153,22 @@ func TestWhoWaitsForTheLockCanGiveUp(t *testing.T) {
 	if _, err := conn.Exec(t.Context(), "SELECT pg_advisory_lock($1)", lockID); err != nil {
 		t.Fatal(err)
 	}
-	m := open(t, address)
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	m, err := migrations.Open(address, slog.New(slog.NewTextHandler(writerFunc(cancel), nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
 	if _, err := m.Up(ctx); err == nil || !strings.Contains(err.Error(), "which another program holds") {
 		t.Errorf("under another's lock: %v", err)
 	}
 }
+
+// writerFunc is called with each line of a log.
+type writerFunc func()
+
+func (f writerFunc) Write(line []byte) (int, error) { f(); return len(line), nil }
 
 func TestAnEmptyDatabaseIsNotMigrated(t *testing.T) {
 	t.Parallel()

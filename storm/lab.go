@@ -85,7 +85,7 @@ func openLab(ctx context.Context, o options) (l *lab, err error) {
 	if err := l.startPostgreSQL(ctx); err != nil {
 		return l, err
 	}
-	if err := l.migrate(ctx); err != nil {
+	if err := migrations.Create(ctx, l.postgres.URL, database); err != nil {
 		return l, err
 	}
 	if err := l.meetCallers(ctx); err != nil {
@@ -115,24 +115,6 @@ func (l *lab) startRedis(ctx context.Context) (err error) {
 	if err == nil {
 		l.guard.watch(l.redis.Pid())
 	}
-	return err
-}
-
-func (l *lab) migrate(ctx context.Context) error {
-	conn, err := pgx.Connect(ctx, l.postgres.URL("postgres"))
-	if err != nil {
-		return err
-	}
-	defer conn.Close(context.WithoutCancel(ctx))
-	if _, err := conn.Exec(ctx, "CREATE DATABASE "+database); err != nil {
-		return err
-	}
-	m, err := migrations.Open(l.postgres.URL(database), slog.New(slog.DiscardHandler))
-	if err != nil {
-		return err
-	}
-	defer m.Close()
-	_, err = m.Up(ctx)
 	return err
 }
 

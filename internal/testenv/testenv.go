@@ -200,26 +200,8 @@ func startPostgreSQL() {
 		},
 	})
 	if postgres.err == nil {
-		postgres.err = migrateTemplate(ctx)
+		postgres.err = migrations.Create(ctx, postgres.server.URL, template)
 	}
-}
-
-func migrateTemplate(ctx context.Context) error {
-	conn, err := pgx.Connect(ctx, postgres.server.URL("postgres"))
-	if err != nil {
-		return err
-	}
-	defer conn.Close(ctx)
-	if _, err := conn.Exec(ctx, "CREATE DATABASE "+template); err != nil {
-		return err
-	}
-	m, err := migrations.Open(postgres.server.URL(template), slog.New(slog.DiscardHandler))
-	if err != nil {
-		return err
-	}
-	defer m.Close()
-	_, err = m.Up(ctx)
-	return err
 }
 
 // admin runs a statement outside any test's database.
