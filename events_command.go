@@ -22,6 +22,7 @@ import (
 	"github.com/google/uuid"
 
 	"idempotent-orders/broker"
+	"idempotent-orders/internal/command"
 	"idempotent-orders/internal/config"
 	"idempotent-orders/internal/connect"
 	"idempotent-orders/internal/local"
@@ -216,7 +217,7 @@ func events(ctx context.Context, cfg config.Config, folder string, args []string
 		cfg.LogLevel = slog.LevelWarn // of the servers only what an operator has to know
 		log = newLog(cfg, stderr)
 	}
-	desk := &operatorsDesk{eventsOptions: o, stdin: stdin, stdout: stdout, stderr: stderr, asks: isTerminal(stdin)}
+	desk := &operatorsDesk{eventsOptions: o, stdin: stdin, stdout: stdout, stderr: stderr, asks: command.IsTerminal(stdin)}
 	closeStores, err := desk.open(ctx, cfg, folder, log)
 	if err != nil {
 		return fmt.Errorf("events: %w", err)
@@ -593,7 +594,7 @@ var errNobodyToAsk = errors.New("nothing was done: there is no terminal to ask o
 
 // report shows what was done, and returns what was not as an error.
 func (d *operatorsDesk) report(outcome operate.Outcome, done string, err error) error {
-	if isTerminal(d.stderr) && !d.shown.IsZero() {
+	if command.IsTerminal(d.stderr) && !d.shown.IsZero() {
 		fmt.Fprint(d.stderr, "\r\033[K")
 	}
 	fmt.Fprintf(d.stdout, "%s %s.\n", wereOrWas(int64(outcome.Done)), done)
@@ -615,23 +616,13 @@ func (d *operatorsDesk) report(outcome operate.Outcome, done string, err error) 
 // progress shows how many events are done: in a line that is rewritten on a terminal, and in a new one now and then elsewhere.
 func (d *operatorsDesk) progress(done int) {
 	every, line := progressElsewhere, "%d of %d\n"
-	if isTerminal(d.stderr) {
+	if command.IsTerminal(d.stderr) {
 		every, line = progressOnTerminal, "\r\033[K%d of %d"
 	}
 	if d.shown.IsZero() || time.Since(d.shown) >= every {
 		d.shown = time.Now()
 		fmt.Fprintf(d.stderr, line, done, d.total)
 	}
-}
-
-// isTerminal tells whether somebody may sit at the other end. It takes other devices for terminals, too.
-func isTerminal(end any) bool {
-	f, ok := end.(*os.File)
-	if !ok {
-		return false
-	}
-	info, err := f.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
 func plural(events int64) string {

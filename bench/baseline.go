@@ -15,6 +15,7 @@ import (
 	"github.com/redis/go-redis/v9"
 	"golang.org/x/sync/errgroup"
 
+	"idempotent-orders/internal/testbed"
 	"idempotent-orders/lua"
 )
 
@@ -102,7 +103,7 @@ func (l *lab) runPgbench(ctx context.Context, args []string, rows int) (s sample
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(l.seconds+30)*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, l.pgbench, append(args, "-f", script, l.postgres.URL(database))...)
-	cmd.Env = append(plainEnv(), "LC_ALL=C")
+	cmd.Env = testbed.Env("LC_ALL=C")
 	watched := l.watch(nil)
 	output, err := cmd.CombinedOutput()
 	s.used = watched()

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"idempotent-orders/internal/command"
 )
 
 func TestAWrongCommandLineIsRefusedWithTheRemedy(t *testing.T) {
@@ -24,7 +26,7 @@ func TestAWrongCommandLineIsRefusedWithTheRemedy(t *testing.T) {
 		{"fast", `"fast" is not an option`},
 	} {
 		_, err := parse(append([]string{"--out", out}, strings.Fields(c.args)...))
-		if !errors.Is(err, errUsage) || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), "--help") {
+		if !errors.Is(err, command.ErrUsage) || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), "--help") {
 			t.Errorf("%s: %v", c.args, err)
 		}
 	}
@@ -43,7 +45,7 @@ func TestAPartIsNotWrittenOverTheWhole(t *testing.T) {
 func TestHelpNamesEveryGroup(t *testing.T) {
 	t.Parallel()
 	var help strings.Builder
-	if err := run(t.Context(), []string{"--help"}, &help, io.Discard); err != nil {
+	if err := tool.Run(t.Context(), []string{"--help"}, &help, io.Discard); err != nil {
 		t.Fatal(err)
 	}
 	for _, group := range groups() {
@@ -84,17 +86,6 @@ tps = 5112.25 (without initial connection time)
 	}
 	if _, _, err := readPgbench("pgbench: error: connection failed"); err == nil {
 		t.Error("an error passes for figures")
-	}
-}
-
-func TestParseStat(t *testing.T) {
-	t.Parallel()
-	s, ok := parseStat("7 (a) (b c) S 42 1 1 0 -1 4194560 2731 88 0 0 11 22 33 44 20 0 1 0 12 99 3")
-	if want := (stat{parent: 42, ticks: 33, endedChildren: 77}); !ok || s != want {
-		t.Errorf("read %+v", s)
-	}
-	if _, ok := parseStat("7 (a) S 42"); ok {
-		t.Error("half a line passes")
 	}
 }
 

@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -20,6 +19,7 @@ import (
 
 	"idempotent-orders/internal/connect"
 	"idempotent-orders/internal/local"
+	"idempotent-orders/internal/testbed"
 	"idempotent-orders/migrations"
 )
 
@@ -56,16 +56,10 @@ func openLab(ctx context.Context, seconds int) (l *lab, err error) {
 		return l, err
 	}
 	l.wrk, _ = exec.LookPath("wrk")
-	if _, err := local.FindRedisServer(); err != nil {
-		return l, errors.New("no redis-server 6.2 or newer found: install it (apt-get install redis-server, brew install redis)")
-	}
-	if l.dir, err = os.MkdirTemp("", "idempotent-orders-bench-"); err != nil {
+	if l.dir, err = testbed.Folder("bench"); err != nil {
 		return l, err
 	}
-	if err := os.Chmod(l.dir, 0o755); err != nil { // PostgreSQL may have to run as somebody else
-		return l, err
-	}
-	if err := l.build(ctx); err != nil {
+	if l.program, err = testbed.Build(ctx, l.dir); err != nil {
 		return l, err
 	}
 	log := slog.New(slog.DiscardHandler)
@@ -80,22 +74,6 @@ func openLab(ctx context.Context, seconds int) (l *lab, err error) {
 		return l, err
 	}
 	return l, l.findPgbench(ctx)
-}
-
-// build builds the project, wherever in it the benchmark was started.
-func (l *lab) build(ctx context.Context) error {
-	output, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
-	root := strings.TrimSpace(string(output))
-	if err != nil || root == "" {
-		return errors.New("the project is not here; run the benchmark in its root: go run ./bench")
-	}
-	l.program = filepath.Join(l.dir, "program")
-	cmd := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-o", l.program, ".")
-	cmd.Dir = root
-	if output, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("build the project: %w:\n%s", err, output)
-	}
-	return nil
 }
 
 // findPgbench finds pgbench where the running PostgreSQL has its other programs.
@@ -176,17 +154,6 @@ type process struct {
 	exited chan struct{}
 }
 
-// plainEnv keeps the caller's variables, DB_HOST or GOGC, out of the measurement.
-func plainEnv() []string {
-	var env []string
-	for _, name := range []string{"PATH", "HOME", "TMPDIR", "SYSTEMROOT"} {
-		if value, ok := os.LookupEnv(name); ok {
-			env = append(env, name+"="+value)
-		}
-	}
-	return env
-}
-
 // start starts a contender on a database and waits until it answers. Its parts without HTTP are not waited for.
 func (l *lab) start(ctx context.Context, name, database string) (*process, error) {
 	port, err := freePort()
@@ -202,7 +169,7 @@ func (l *lab) start(ctx context.Context, name, database string) (*process, error
 	default:
 		p.cmd = exec.CommandContext(ctx, l.self, hiddenServer, name)
 	}
-	p.cmd.Env = append(plainEnv(), "DATABASE_URL="+l.postgres.URL(database), "REDIS_ADDR="+l.redis.Addr(), "PORT="+port,
+	p.cmd.Env = testbed.Env("DATABASE_URL="+l.postgres.URL(database), "REDIS_ADDR="+l.redis.Addr(), "PORT="+port,
 		"EMAIL_SENDER=discard", "LOG_LEVEL=warn")
 	p.cmd.Stdout, p.cmd.Stderr = p.said, p.said
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }

@@ -22,6 +22,8 @@ import (
 
 	"github.com/google/uuid"
 	vegeta "github.com/tsenart/vegeta/v12/lib"
+
+	"idempotent-orders/internal/testbed"
 )
 
 const body = `{"user_id":"user-456","amount":1000}`
@@ -79,7 +81,7 @@ func (l *lab) generate(ctx context.Context, o load, program string, args ...stri
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(o.Seconds+30)*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Env = plainEnv()
+	cmd.Env = testbed.Env()
 	output, err := cmd.CombinedOutput()
 	if err != nil {
 		return answers{}, fmt.Errorf("%s: %w: %s", filepath.Base(program), err, lastLine(output))

@@ -5,16 +5,15 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
+
+	"idempotent-orders/internal/command"
 )
 
 const (
@@ -43,41 +42,24 @@ It needs redis-server and pgbench; it uses wrk if that is installed. The exit co
 whatever the goals say, 1 when something could not be, 2 when the command line is wrong. Ctrl-C ends everything it started.
 `
 
-func main() {
-	// A second signal does not end the program at once, because then its servers would stay; the end is bounded anyhow.
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	switch {
-	case err == nil:
-	case errors.Is(err, errUsage):
-		os.Exit(2)
-	default:
-		os.Exit(1)
-	}
+var tool = command.Program{Name: "bench", Help: help, Do: do, Patient: true}
+
+func main() { tool.Main() }
+
+func help() string {
+	return fmt.Sprintf(usageText, maxSeconds, strings.Join(groups(), ", "), defaultOut)
 }
 
-// errUsage: the command line was wrong. As with every error of run, the user was told.
-var errUsage = errors.New("wrong usage")
-
-// run is the program: the figures go to stdout, progress and why it fails to stderr.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	asked, err := hidden(ctx, args, stdout)
-	if !asked {
-		var o options
-		o, err = parse(args)
-		switch {
-		case errors.Is(err, flag.ErrHelp):
-			fmt.Fprintf(stdout, usageText, maxSeconds, strings.Join(groups(), ", "), defaultOut)
-			return nil
-		case err == nil:
-			err = bench(ctx, o, stdout, stderr)
-		}
+// do does what the command line says: the figures go to stdout, progress to stderr.
+func do(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	if asked, err := hidden(ctx, args, stdout); asked {
+		return err
 	}
+	o, err := parse(args)
 	if err != nil {
-		fmt.Fprintln(stderr, "bench:", err)
+		return err
 	}
-	return err
+	return bench(ctx, o, stdout, stderr)
 }
 
 // options are what the command line asks for.
@@ -98,46 +80,40 @@ func groups() (names []string) {
 	return names
 }
 
-// parse reads the command line. Its errors are errUsage, or flag.ErrHelp when help is asked for.
-func parse(args []string) (options, error) {
-	o := options{out: defaultOut}
+// parse reads the command line, as command.Parse does.
+func parse(args []string) (o options, err error) {
 	var only string
-	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+	flags := command.Flags()
 	flags.IntVar(&o.rounds, "rounds", 3, "")
 	flags.IntVar(&o.seconds, "seconds", 5, "")
 	flags.StringVar(&only, "only", "", "")
 	flags.BoolVar(&o.long, "long", false, "")
 	flags.StringVar(&o.out, "out", defaultOut, "")
-	err := flags.Parse(args)
-	if only != "" {
-		o.only = strings.Split(only, ",")
-	}
-	outSet := false
-	flags.Visit(func(f *flag.Flag) { outSet = outSet || f.Name == "out" })
-	if only != "" && !outSet {
-		o.out = "" // a part must not replace the whole
-	}
+	err = command.Parse(flags, args, func() error {
+		if only != "" {
+			o.only = strings.Split(only, ",")
+		}
+		if only != "" && !slices.Contains(command.Given(flags), "out") {
+			o.out = "" // a part must not replace the whole
+		}
+		return o.check()
+	})
+	return o, err
+}
+
+func (o options) check() error {
 	unknown := slices.IndexFunc(o.only, func(name string) bool { return !slices.Contains(groups(), name) })
 	switch {
-	case errors.Is(err, flag.ErrHelp):
-		return o, err
-	case err != nil:
-	case flags.NArg() > 0:
-		err = fmt.Errorf("%q is not an option", flags.Arg(0))
 	case o.rounds < 1:
-		err = fmt.Errorf("--rounds is %d; it must be at least 1", o.rounds)
+		return fmt.Errorf("--rounds is %d; it must be at least 1", o.rounds)
 	case o.seconds < 1 || o.seconds > maxSeconds:
-		err = fmt.Errorf("--seconds is %d; it must be from 1 to %d", o.seconds, maxSeconds)
+		return fmt.Errorf("--seconds is %d; it must be from 1 to %d", o.seconds, maxSeconds)
 	case unknown >= 0:
-		err = fmt.Errorf("--only names %q; it knows %s", o.only[unknown], strings.Join(groups(), ", "))
+		return fmt.Errorf("--only names %q; it knows %s", o.only[unknown], strings.Join(groups(), ", "))
 	case o.out != "" && !isFolder(filepath.Dir(o.out)):
-		err = fmt.Errorf("--out is %q, and there is no folder %s; run in the project's root, or name another file", o.out, filepath.Dir(o.out))
+		return fmt.Errorf("--out is %q, and there is no folder %s; run in the project's root, or name another file", o.out, filepath.Dir(o.out))
 	}
-	if err != nil {
-		return o, fmt.Errorf("%w: %w; see --help", errUsage, err)
-	}
-	return o, nil
+	return nil
 }
 
 func isFolder(path string) bool {

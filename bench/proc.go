@@ -5,11 +5,12 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
 	"time"
+
+	"idempotent-orders/internal/testbed"
 )
 
 // usage is what the processes used while they were watched, in cores. A figure below zero is not known.
@@ -52,15 +53,15 @@ func (l *lab) watch(p *process) func() usage {
 // number below zero if the system does not tell.
 func cpuSeconds(pid int, children bool) float64 {
 	for {
-		own, ok := readStat(pid)
+		own, ok := testbed.ReadStat(pid)
 		if !ok {
 			return -1
 		}
-		ticks := own.ticks
+		ticks := own.Ticks
 		if children {
-			ticks += own.endedChildren + livingChildren(pid)
+			ticks += own.EndedChildren + livingChildren(pid)
 			// A child that ended in between was counted twice or not at all.
-			if again, _ := readStat(pid); again.endedChildren != own.endedChildren {
+			if again, _ := testbed.ReadStat(pid); again.EndedChildren != own.EndedChildren {
 				continue
 			}
 		}
@@ -69,12 +70,8 @@ func cpuSeconds(pid int, children bool) float64 {
 }
 
 func livingChildren(pid int) (ticks int64) {
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, path := range stats {
-		child, _ := strconv.Atoi(filepath.Base(filepath.Dir(path)))
-		if s, ok := readStat(child); ok && s.parent == pid {
-			ticks += s.ticks
-		}
+	for _, child := range testbed.Children(pid) {
+		ticks += child.Ticks
 	}
 	return ticks
 }
@@ -93,36 +90,6 @@ func busySeconds() float64 {
 		total += ticks
 	}
 	return float64(total) / ticksPerSecond
-}
-
-// stat is a part of /proc/<pid>/stat.
-type stat struct {
-	parent               int
-	ticks, endedChildren int64 // processor time, user and system
-}
-
-func readStat(pid int) (stat, bool) {
-	if runtime.GOOS != "linux" {
-		return stat{}, false
-	}
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return stat{}, false
-	}
-	return parseStat(string(text))
-}
-
-func parseStat(text string) (s stat, ok bool) {
-	end := strings.LastIndexByte(text, ')') // the name, in parentheses, may hold anything
-	fields := strings.Fields(text[end+1:])
-	if end < 0 || len(fields) < 15 {
-		return s, false
-	}
-	var numbers [15]int64
-	for i, field := range fields[:15] {
-		numbers[i], _ = strconv.ParseInt(field, 10, 64) // the state is a letter
-	}
-	return stat{parent: int(numbers[1]), ticks: numbers[11] + numbers[12], endedChildren: numbers[13] + numbers[14]}, true
 }
 
 // peakMemory returns the most memory that a process had resident, or 0 if the system does not tell.

@@ -8,17 +8,16 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"net/url"
 	"os"
-	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
+
+	"idempotent-orders/internal/command"
 )
 
 const defaultURL = "http://localhost:8080"
@@ -68,38 +67,15 @@ func help() string {
 		recentOrders, preferWait, progressElsewhere, leastPercent)
 }
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends the program at once
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	switch {
-	case err == nil:
-	case errors.Is(err, errUsage):
-		os.Exit(2)
-	default:
-		os.Exit(1)
-	}
-}
-
-// errUsage: the command line was wrong. As with every error of run, the user was told.
-var errUsage = errors.New("wrong usage")
-
-// run is the program: what it shows goes to stdout, and why it fails, in one line, to stderr.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+var tool = command.Program{Name: "loadtest", Help: help, Do: func(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	o, err := parse(args)
-	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(stdout, help())
-		return nil
-	}
-	if err == nil {
-		err = o.run(ctx, stdout, stderr)
-	}
 	if err != nil {
-		joined := strings.ReplaceAll(err.Error(), "\n", "; ") // errors that are joined have a line each
-		fmt.Fprintln(stderr, "loadtest:", oneLine(joined))
+		return err
 	}
-	return err
-}
+	return o.run(ctx, stdout, stderr)
+}}
+
+func main() { tool.Main() }
 
 func (o options) run(ctx context.Context, stdout, stderr io.Writer) error {
 	switch o.mode {
@@ -141,14 +117,13 @@ type options struct {
 	apiKey      string // empty: none is sent
 }
 
-// parse reads the command line. Its errors are errUsage, or flag.ErrHelp when help is asked for.
+// parse reads the command line, as command.Parse does.
 func parse(args []string) (options, error) {
 	o := options{apiKey: os.Getenv("LOADTEST_API_KEY")}
 	if len(args) > 0 && args[0] == "targets" {
 		o.mode, args = targets, args[1:]
 	}
-	flags := flag.NewFlagSet("loadtest", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+	flags := command.Flags()
 	flags.StringVar(&o.url, "url", defaultURL, "")
 	flags.IntVar(&o.orders, "orders", 0, "")
 	flags.IntVar(&o.rate, "rate", 0, "")
@@ -157,27 +132,8 @@ func parse(args []string) (options, error) {
 	flags.Var(&o.duplicates, "duplicates", "")
 	flags.StringVar(&o.html, "html", "", "")
 	flags.StringVar(&o.json, "json", "", "")
-	err := flags.Parse(args)
-	if errors.Is(err, flag.ErrHelp) {
-		return o, err
-	}
-	if err == nil && flags.NArg() > 0 {
-		err = fmt.Errorf("%q is not an option", flags.Arg(0))
-	}
-	if err == nil {
-		err = o.check(given(flags))
-	}
-	if err != nil {
-		return o, fmt.Errorf("%w: %w; see --help", errUsage, err)
-	}
-	return o, nil
-}
-
-// given names the options that stand on the command line.
-func given(flags *flag.FlagSet) []string {
-	var names []string
-	flags.Visit(func(f *flag.Flag) { names = append(names, f.Name) })
-	return names
+	err := command.Parse(flags, args, func() error { return o.check(command.Given(flags)) })
+	return o, err
 }
 
 // check settles the mode, and says what is wrong with the options, which were given.

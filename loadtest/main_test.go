@@ -20,6 +20,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"idempotent-orders/internal/command"
 	"idempotent-orders/internal/testenv"
 )
 
@@ -95,7 +96,7 @@ const unavailable = `{"type":"/problems/unavailable","title":"Unavailable","stat
 func load(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
 	var out, errOut bytes.Buffer
-	err = run(t.Context(), args, &out, &errOut)
+	err = tool.Run(t.Context(), args, &out, &errOut)
 	return out.String(), errOut.String(), err
 }
 
@@ -230,7 +231,7 @@ func TestWhatIsNotASuccessIsShownAndCounted(t *testing.T) {
 				}
 			})
 			stdout, stderr, err := load(t, "--url", s.URL, "--orders", "5")
-			if err == nil || errors.Is(err, errUsage) || stderr != "loadtest: 2 of 5 orders failed\n" {
+			if err == nil || errors.Is(err, command.ErrUsage) || stderr != "loadtest: 2 of 5 orders failed\n" {
 				t.Errorf("run: %v, %q", err, stderr)
 			}
 			answers, numbers := split(t, stdout)
@@ -284,8 +285,8 @@ func TestAnInterruptStopsAndShowsTheSummarySoFar(t *testing.T) {
 	})
 	ctx, interrupt := context.WithCancel(t.Context())
 	stdout, stderr := &onLine{n: 3, then: interrupt}, new(bytes.Buffer)
-	err := run(ctx, []string{"--url", s.URL, "--orders", "300"}, stdout, stderr)
-	if err == nil || errors.Is(err, errUsage) {
+	err := tool.Run(ctx, []string{"--url", s.URL, "--orders", "300"}, stdout, stderr)
+	if err == nil || errors.Is(err, command.ErrUsage) {
 		t.Errorf("run: %v", err)
 	}
 	if want := "loadtest: interrupted: of 300 orders, 297 were not sent or not answered\n"; stderr.String() != want {
@@ -301,7 +302,7 @@ func TestSaysInOneLineThatNothingAnswers(t *testing.T) {
 	t.Parallel()
 	const url = "http://127.0.0.1:1"
 	stdout, stderr, err := load(t, "--url", url)
-	if err == nil || errors.Is(err, errUsage) || stdout != "" {
+	if err == nil || errors.Is(err, command.ErrUsage) || stdout != "" {
 		t.Errorf("run: %v; stdout %q", err, stdout)
 	}
 	line := regexp.MustCompile("^loadtest: nothing answers at " + regexp.QuoteMeta(url) + "; start the service with `go run .`[^\n]*refused\n$")
@@ -358,7 +359,7 @@ func TestRefusesACommandLineItDoesNotUnderstand(t *testing.T) {
 		{"100", []string{"targets", "100"}},
 	} {
 		stdout, stderr, err := load(t, test.args...)
-		if !errors.Is(err, errUsage) || stdout != "" {
+		if !errors.Is(err, command.ErrUsage) || stdout != "" {
 			t.Errorf("%q: %v; stdout %q", test.args, err, stdout)
 		}
 		if !strings.HasPrefix(stderr, "loadtest: ") || !strings.HasSuffix(stderr, "see --help\n") || strings.Count(stderr, "\n") != 1 {

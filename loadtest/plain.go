@@ -7,13 +7,13 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/google/uuid"
 
 	"idempotent-orders/gen/api"
+	"idempotent-orders/internal/command"
 )
 
 const (
@@ -93,14 +93,9 @@ func (a answer) succeeded() bool {
 // String returns the answer in one line.
 func (a answer) String() string {
 	if a.err != nil {
-		return fmt.Sprintf("[%d] error: %s", a.number, oneLine(a.err.Error()))
+		return fmt.Sprintf("[%d] error: %s", a.number, command.OneLine(a.err.Error()))
 	}
-	return fmt.Sprintf("[%d] %d: %s", a.number, a.status, oneLine(string(a.body)))
-}
-
-// oneLine trims a text and puts its lines side by side.
-func oneLine(text string) string {
-	return strings.NewReplacer("\r\n", " ", "\n", " ", "\r", " ").Replace(strings.TrimSpace(text))
+	return fmt.Sprintf("[%d] %d: %s", a.number, a.status, command.OneLine(string(a.body)))
 }
 
 // place places n orders, as many at once as may be in flight, and returns the answers as they come. When ctx ends, what was

@@ -3,10 +3,11 @@ package main
 import (
 	"fmt"
 	"io"
-	"os"
 	"time"
 
 	vegeta "github.com/tsenart/vegeta/v12/lib"
+
+	"idempotent-orders/internal/command"
 )
 
 const (
@@ -30,19 +31,10 @@ type progress struct {
 func newProgress(w io.Writer, total time.Duration) *progress {
 	now := time.Now()
 	p := &progress{w: w, every: progressElsewhere, total: total, start: now, since: now}
-	if isTerminal(w) {
+	if command.IsTerminal(w) {
 		p.terminal, p.every = true, progressOnTerminal
 	}
 	return p
-}
-
-func isTerminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
-	if !ok {
-		return false
-	}
-	info, err := f.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
 func (p *progress) add(r *vegeta.Result) {

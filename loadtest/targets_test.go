@@ -15,6 +15,8 @@ import (
 
 	"github.com/google/uuid"
 	vegeta "github.com/tsenart/vegeta/v12/lib"
+
+	"idempotent-orders/internal/command"
 )
 
 // readTargets reads targets as the vegeta tool does.
@@ -117,11 +119,11 @@ func TestTargetsThatCannotBeWrittenAreAnError(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{{"targets"}, {"targets", "--orders", "1"}} {
 		var stderr bytes.Buffer
-		err := run(t.Context(), args, failingWriter{errors.New("the disk is full")}, &stderr)
+		err := tool.Run(t.Context(), args, failingWriter{errors.New("the disk is full")}, &stderr)
 		if err == nil || stderr.String() != "loadtest: write the targets: the disk is full\n" {
 			t.Errorf("%q: %v, %q", args, err, stderr.String())
 		}
-		if err := run(t.Context(), args, failingWriter{io.ErrClosedPipe}, &stderr); err != nil {
+		if err := tool.Run(t.Context(), args, failingWriter{io.ErrClosedPipe}, &stderr); err != nil {
 			t.Errorf("%q: nobody reads: %v", args, err)
 		}
 	}
@@ -132,10 +134,10 @@ func TestAnInterruptEndsTheTargets(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	var stdout, stderr bytes.Buffer
-	if err := run(ctx, []string{"targets"}, &stdout, &stderr); err != nil || stderr.Len() > 0 {
+	if err := tool.Run(ctx, []string{"targets"}, &stdout, &stderr); err != nil || stderr.Len() > 0 {
 		t.Errorf("endless targets: %v, %q", err, stderr.String())
 	}
-	if err := run(ctx, []string{"targets", "--orders", "5"}, &stdout, &stderr); err == nil || errors.Is(err, errUsage) {
+	if err := tool.Run(ctx, []string{"targets", "--orders", "5"}, &stdout, &stderr); err == nil || errors.Is(err, command.ErrUsage) {
 		t.Errorf("five targets: %v", err)
 	}
 	if want := "loadtest: interrupted: 0 of 5 orders were printed\n"; stderr.String() != want {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+
+	"idempotent-orders/internal/testbed"
 )
 
 // guardArg makes the program the guard of another run of itself.
@@ -74,30 +76,10 @@ func standGuard(dir string, in io.Reader) {
 		}
 	}
 	for pid := range watched {
-		for _, child := range childrenOf(pid) {
+		for child := range testbed.Children(pid) {
 			_ = syscall.Kill(child, syscall.SIGKILL)
 		}
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
 	_ = os.RemoveAll(dir)
-}
-
-// childrenOf returns the living children of a process.
-func childrenOf(pid int) (children []int) {
-	entries, _ := os.ReadDir("/proc")
-	for _, entry := range entries {
-		child, err := strconv.Atoi(entry.Name())
-		if err != nil {
-			continue
-		}
-		stat, err := os.ReadFile("/proc/" + entry.Name() + "/stat")
-		if err != nil {
-			continue
-		}
-		_, rest, _ := strings.Cut(string(stat[strings.LastIndexByte(string(stat), ')')+1:]), " ")
-		if fields := strings.Fields(rest); len(fields) > 1 && fields[1] == strconv.Itoa(pid) {
-			children = append(children, child)
-		}
-	}
-	return children
 }

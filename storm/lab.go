@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,6 +23,7 @@ import (
 
 	"idempotent-orders/internal/connect"
 	"idempotent-orders/internal/local"
+	"idempotent-orders/internal/testbed"
 	"idempotent-orders/migrations"
 )
 
@@ -55,20 +58,13 @@ func (l *lab) since() time.Duration { return time.Since(l.began) }
 // openLab builds the program and starts everything. Close the lab, also after an error.
 func openLab(ctx context.Context, o options) (l *lab, err error) {
 	l = &lab{o: o, began: time.Now(), processes: map[string]*process{}, lines: map[string]*lineProxy{}, ports: map[string]string{}}
-	if _, err := local.FindRedisServer(); err != nil {
-		return l, errors.New("no redis-server 6.2 or newer found: install it (apt-get install redis-server, brew install redis)")
-	}
-	if l.dir, err = os.MkdirTemp("", "idempotent-orders-storm-"); err != nil {
-		return l, err
-	}
-	if err := os.Chmod(l.dir, 0o755); err != nil { // PostgreSQL may have to run as somebody else
+	if l.dir, err = testbed.Folder("storm"); err != nil {
 		return l, err
 	}
 	if l.guard, err = startGuard(l.dir); err != nil {
 		return l, err
 	}
-	l.program = filepath.Join(l.dir, "program")
-	if err := build(ctx, l.program, o.tags, o.race); err != nil {
+	if l.program, err = testbed.Build(ctx, l.dir, "-tags="+o.tags, fmt.Sprintf("-race=%t", o.race)); err != nil {
 		return l, err
 	}
 	if l.sink, err = openSink(l.since); err != nil {
@@ -121,7 +117,7 @@ func (l *lab) startRedis(ctx context.Context) (err error) {
 // meetCallers gives each caller a secret, if the program knows API keys.
 func (l *lab) meetCallers(ctx context.Context) error {
 	cmd := exec.CommandContext(ctx, l.program, "reconcile")
-	cmd.Env = append(plainEnv(), "DATABASE_URL="+l.postgres.URL(database), "API_KEYS="+apiKey("probe", "secret"))
+	cmd.Env = testbed.Env("DATABASE_URL="+l.postgres.URL(database), "API_KEYS="+apiKey("probe", "secret"))
 	output, err := cmd.CombinedOutput()
 	switch {
 	case err == nil:
@@ -181,7 +177,7 @@ func (l *lab) startProcesses(ctx context.Context) error {
 	for _, name := range processNames {
 		part, _, _ := strings.Cut(name, "-")
 		url := strings.Replace(l.postgres.URL(database), hostPort(l.postgres.URL(database)), l.lines[line(name, postgres)].addr(), 1)
-		env := append(plainEnv(), "DATABASE_URL="+url, "REDIS_ADDR="+l.lines[line(name, redisDB)].addr(), "LOG_LEVEL=info",
+		env := testbed.Env("DATABASE_URL="+url, "REDIS_ADDR="+l.lines[line(name, redisDB)].addr(), "LOG_LEVEL=info",
 			"XDG_DATA_HOME="+l.dir, "OPS_ADDR=")
 		switch part {
 		case "server":
@@ -290,7 +286,7 @@ func (l *lab) strikePostgreSQL(ctx context.Context, how string, f fault) error {
 	case "terminate":
 		return l.terminate(ctx, f.Detail)
 	case "freeze":
-		pids := append([]int{l.postgres.Pid()}, childrenOf(l.postgres.Pid())...)
+		pids := slices.AppendSeq([]int{l.postgres.Pid()}, maps.Keys(testbed.Children(l.postgres.Pid())))
 		for _, pid := range pids {
 			_ = syscall.Kill(pid, syscall.SIGSTOP)
 		}

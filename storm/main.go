@@ -6,16 +6,15 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
-	"os/signal"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
+
+	"idempotent-orders/internal/command"
 )
 
 const usageText = `Lets faults rage over two servers, two workers, two consumers, PostgreSQL, Redis and a mail server, all of this run's own,
@@ -51,49 +50,31 @@ func main() {
 		standGuard(os.Args[2], os.Stdin)
 		return
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends the program at once, and the guard clears up
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	switch {
-	case err == nil:
-	case errors.Is(err, errUsage):
-		os.Exit(2)
-	default:
-		os.Exit(1)
-	}
+	tool.Main() // ended at once by a second signal, it leaves it to the guard to clear up
 }
 
-// errUsage: the command line was wrong. As with every error of run, the user was told.
-var errUsage = errors.New("wrong usage")
+var tool = command.Program{Name: "storm", Help: func() string { return usageText }, Do: do}
 
-// run is the program: the report goes to stdout, progress and why it fails to stderr.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+// do does what the command line says: the report goes to stdout, progress to stderr.
+func do(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	o, err := parse(args)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(stdout, usageText)
-		return nil
-	case err != nil:
-		fmt.Fprintln(stderr, "storm:", err)
+	if err != nil {
 		return err
-	case o.scriptOnly:
+	}
+	if o.scriptOnly {
 		printScript(stdout, o.seed, draw(o.seed, o.duration, o.every))
 		return nil
 	}
 	result, err := rage(ctx, o, stderr)
 	if err != nil {
-		fmt.Fprintln(stderr, "storm:", err)
 		return err
 	}
 	result.writeText(stdout)
 	if err := result.writeFiles(o); err != nil {
-		fmt.Fprintln(stderr, "storm:", err)
 		return err
 	}
 	if n := result.Verdict.total(); n > 0 {
-		err := fmt.Errorf("%d violations, of %s", n, strings.Join(result.Verdict.broken(), "; "))
-		fmt.Fprintln(stderr, "storm:", err)
-		return err
+		return fmt.Errorf("%d violations, of %s", n, strings.Join(result.Verdict.broken(), "; "))
 	}
 	return nil
 }
@@ -110,11 +91,9 @@ type options struct {
 	race, keep      bool
 }
 
-// parse reads the command line. Its errors are errUsage, or flag.ErrHelp when help is asked for.
-func parse(args []string) (options, error) {
-	o := options{}
-	flags := flag.NewFlagSet("storm", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+// parse reads the command line, as command.Parse does.
+func parse(args []string) (o options, err error) {
+	flags := command.Flags()
 	flags.Uint64Var(&o.seed, "seed", rand.Uint64N(1_000_000), "")
 	flags.DurationVar(&o.duration, "duration", time.Minute, "")
 	flags.DurationVar(&o.every, "every", 5*time.Second, "")
@@ -133,26 +112,22 @@ func parse(args []string) (options, error) {
 		o.env = append(o.env, text)
 		return nil
 	})
-	err := flags.Parse(args)
+	err = command.Parse(flags, args, func() error { return o.check() })
+	return o, err
+}
+
+func (o options) check() error {
 	switch {
-	case errors.Is(err, flag.ErrHelp):
-		return o, err
-	case err != nil:
-	case flags.NArg() > 0:
-		err = fmt.Errorf("%q is not an option", flags.Arg(0))
 	case o.duration < time.Second || o.duration > 24*time.Hour:
-		err = fmt.Errorf("--duration %s: it must be between 1s and 24h", o.duration)
+		return fmt.Errorf("--duration %s: it must be between 1s and 24h", o.duration)
 	case o.every < 100*time.Millisecond || o.every > time.Hour:
-		err = fmt.Errorf("--every %s: it must be between 100ms and 1h", o.every)
+		return fmt.Errorf("--every %s: it must be between 100ms and 1h", o.every)
 	case o.clients < 1 || o.clients > 1000:
-		err = fmt.Errorf("--clients %d: it must be between 1 and 1000", o.clients)
+		return fmt.Errorf("--clients %d: it must be between 1 and 1000", o.clients)
 	case o.rate < 1 || o.rate > 100_000:
-		err = fmt.Errorf("--rate %d: it must be between 1 and 100000", o.rate)
+		return fmt.Errorf("--rate %d: it must be between 1 and 100000", o.rate)
 	}
-	if err != nil {
-		return o, fmt.Errorf("%w: %w; see --help", errUsage, err)
-	}
-	return o, nil
+	return nil
 }
 
 func (v *verdict) total() (n int) {

@@ -2,11 +2,9 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -131,36 +129,3 @@ func (p *process) cries() (cries []string) {
 }
 
 func oneLine(text string) string { return strings.Join(strings.Fields(text), " ") }
-
-// build builds the program, wherever in the project the storm was started.
-func build(ctx context.Context, to, tags string, race bool) error {
-	output, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
-	root := strings.TrimSpace(string(output))
-	if err != nil || root == "" {
-		return fmt.Errorf("the project is not here; run the storm inside it: go run ./storm")
-	}
-	args := []string{"build", "-buildvcs=false", "-o", to}
-	if tags != "" {
-		args = append(args, "-tags", tags)
-	}
-	if race {
-		args = append(args, "-race")
-	}
-	cmd := exec.CommandContext(ctx, "go", append(args, ".")...)
-	cmd.Dir = filepath.Clean(root)
-	if output, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("build the program: %w:\n%s", err, output)
-	}
-	return nil
-}
-
-// plainEnv keeps the caller's variables, DB_HOST or GOGC, out of the storm.
-func plainEnv() []string {
-	var env []string
-	for _, name := range []string{"PATH", "HOME", "TMPDIR"} {
-		if value, ok := os.LookupEnv(name); ok {
-			env = append(env, name+"="+value)
-		}
-	}
-	return env
-}

@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+
+	"idempotent-orders/internal/testbed"
 )
 
 const (
@@ -155,7 +157,7 @@ func (l *lab) reconcile(ctx context.Context) string {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, l.program, "reconcile")
-	cmd.Env = append(plainEnv(), "DATABASE_URL="+l.postgres.URL(database), "LOG_LEVEL=error")
+	cmd.Env = testbed.Env("DATABASE_URL="+l.postgres.URL(database), "LOG_LEVEL=error")
 	output, err := cmd.CombinedOutput()
 	if err != nil {
 		return oneLine(string(output)) + " " + err.Error()

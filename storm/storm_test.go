@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"idempotent-orders/internal/command"
 )
 
 // The test binary is the guard of the storm that it runs.
@@ -26,7 +28,7 @@ func TestEveryClaimHoldsInAShortStorm(t *testing.T) {
 	dir := t.TempDir()
 	report, numbers := filepath.Join(dir, "storm.html"), filepath.Join(dir, "storm.json")
 	var out, errs bytes.Buffer
-	err := run(t.Context(), []string{"--seed", "4", "--duration", "22s", "--every", "1150ms", "--rate", "300", "--clients", "16", "--race",
+	err := tool.Run(t.Context(), []string{"--seed", "4", "--duration", "22s", "--every", "1150ms", "--rate", "300", "--clients", "16", "--race",
 		"--report", report, "--json", numbers}, &out, &errs)
 	text, unread := os.ReadFile(numbers)
 	if unread != nil {
@@ -71,7 +73,7 @@ func TestWrongUsageIsNamed(t *testing.T) {
 		"--env nothing": "NAME=value", "now": "now", "--seed x": "seed",
 	} {
 		var out, errs bytes.Buffer
-		if err := run(t.Context(), strings.Fields(args), &out, &errs); !errors.Is(err, errUsage) || !strings.Contains(errs.String(), want) {
+		if err := tool.Run(t.Context(), strings.Fields(args), &out, &errs); !errors.Is(err, command.ErrUsage) || !strings.Contains(errs.String(), want) {
 			t.Errorf("%s: %v, %q", args, err, errs.String())
 		}
 	}
@@ -80,7 +82,7 @@ func TestWrongUsageIsNamed(t *testing.T) {
 func TestHelpNamesEveryOption(t *testing.T) {
 	t.Parallel()
 	var out, errs bytes.Buffer
-	if err := run(t.Context(), []string{"--help"}, &out, &errs); err != nil {
+	if err := tool.Run(t.Context(), []string{"--help"}, &out, &errs); err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"--seed", "--duration", "--every", "--clients", "--rate", "--report", "--json", "--script", "--tags", "--env", "--race", "--keep"} {
