@@ -9,11 +9,9 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"os/user"
-	"path/filepath"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -24,9 +22,6 @@ import (
 	"idempotent-orders/broker"
 	"idempotent-orders/internal/command"
 	"idempotent-orders/internal/config"
-	"idempotent-orders/internal/connect"
-	"idempotent-orders/internal/local"
-	"idempotent-orders/migrations"
 	"idempotent-orders/operate"
 )
 
@@ -104,21 +99,6 @@ var eventsOptionsOf = map[string]string{
 	"park":         "order | dry-run yes",
 	"unpark":       "order | dry-run yes",
 	"parked":       "| limit json",
-}
-
-// checkEvents reads the command line of events as parse does: it tells what is wrong, or shows the help.
-func checkEvents(args []string, stdout, stderr io.Writer) (command string, rest []string, err error) {
-	_, err = parseEvents(args)
-	switch {
-	case err == nil:
-		return "events", args, nil
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(stdout, eventsUsage())
-		return "help", nil, nil
-	default:
-		fmt.Fprintf(stderr, "idempotent-orders: events: %v; see events --help\n", err)
-		return "", nil, errUsage
-	}
 }
 
 // parseEvents reads the options; flag.ErrHelp asks for help.
@@ -247,46 +227,28 @@ type operatorsDesk struct {
 	shown time.Time // when the progress was shown last
 }
 
-// open opens the stores: Redis only where something is published. Neither is started on an empty folder: nothing would be in it.
+// open opens the stores: Redis only where something is published.
 func (d *operatorsDesk) open(ctx context.Context, cfg config.Config, folder string, log *slog.Logger) (closeStores func(), err error) {
-	for name, set := range map[string]*bool{"postgresql": &cfg.DatabaseSet, "redis": &cfg.RedisSet} {
-		if _, err := os.Stat(filepath.Join(folder, name)); errors.Is(err, fs.ErrNotExist) {
-			*set = true
-		}
+	var stores *stores
+	publishes := !d.dryRun && (d.action == "dead requeue" || d.action == "replay")
+	if publishes {
+		stores, err = open(ctx, onlyWhatIs(cfg, folder), folder, parts{}, log)
+	} else {
+		stores, err = openDatabase(ctx, cfg, folder, log)
 	}
-	if !d.dryRun && (d.action == "dead requeue" || d.action == "replay") {
-		stores, err := open(ctx, cfg, folder, parts{}, log)
-		if err != nil {
+	if err != nil {
+		return nil, err
+	}
+	if publishes {
+		if d.operator.Publisher, _, err = eventBroker(ctx, cfg, stores, false, log); err != nil {
+			stores.close(ctx, log)
 			return nil, err
 		}
-		d.use(stores)
-		d.operator.Publisher, _, err = eventBroker(ctx, cfg, stores, false, log)
-		return func() { stores.close(ctx, log) }, err
 	}
-	w := wanted(cfg, folder, true, log)
-	w.RedisSet = true // none is needed
-	servers, err := local.Choose(ctx, w)
-	if err != nil {
-		return nil, err
-	}
-	pool, err := connect.PostgreSQL(ctx, servers.DatabaseURL)
-	if err != nil {
-		_ = servers.Stop(context.WithoutCancel(ctx))
-		return nil, fmt.Errorf("cannot use PostgreSQL; check DB_HOST, DB_PORT, DB_USER, DB_PASSWORD, DB_NAME or DATABASE_URL: %w", err)
-	}
-	stores := &stores{servers: servers, pool: pool, redis: connect.Redis(servers.RedisAddrs, servers.RedisPassword)}
-	d.use(stores)
-	if err := migrations.Check(ctx, pool); err != nil {
-		stores.close(ctx, log)
-		return nil, err
-	}
-	return func() { stores.close(ctx, log) }, nil
-}
-
-func (d *operatorsDesk) use(s *stores) {
-	d.operator.Pool = s.pool
-	c := s.pool.Config().ConnConfig
+	d.operator.Pool = stores.pool
+	c := stores.pool.Config().ConnConfig
 	d.where = fmt.Sprintf("database %s at %s:%d", c.Database, c.Host, c.Port)
+	return func() { stores.close(ctx, log) }, nil
 }
 
 func (d *operatorsDesk) do(ctx context.Context) error {
@@ -295,10 +257,8 @@ func (d *operatorsDesk) do(ctx context.Context) error {
 		return d.list(ctx)
 	case "dead show":
 		return d.show(ctx)
-	case "dead requeue":
-		return d.requeue(ctx)
-	case "dead drop":
-		return d.drop(ctx)
+	case "dead requeue", "dead drop":
+		return d.settle(ctx)
 	case "replay":
 		return d.replay(ctx)
 	case "parked":
@@ -336,32 +296,10 @@ func (d *operatorsDesk) list(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	more := len(dead) > d.limit
-	dead = dead[:min(len(dead), d.limit)]
-	if d.json {
-		out := json.NewEncoder(d.stdout)
-		for _, e := range dead {
-			if err := out.Encode(shownOf(e)); err != nil {
-				return err
-			}
-		}
-	} else if err := writeTable(d.stdout, dead); err != nil {
-		return err
+	if len(dead) > d.limit {
+		defer fmt.Fprintf(d.stderr, "There are more than %s; see more with --limit.\n", plural(int64(d.limit)))
 	}
-	if more {
-		fmt.Fprintf(d.stderr, "There are more than %s; see more with --limit.\n", plural(int64(d.limit)))
-	}
-	return nil
-}
-
-func writeTable(w io.Writer, dead []operate.Dead) error {
-	if len(dead) == 0 {
-		_, err := fmt.Fprintln(w, "No event is dead.")
-		return err
-	}
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "WHERE\tEVENT\tORDER\tTYPE\tAGE\tATTEMPTS\tREASON")
-	for _, e := range dead {
+	return listed(d, dead, "No event is dead.", "WHERE\tEVENT\tORDER\tTYPE\tAGE\tATTEMPTS\tREASON", func(e operate.Dead) (any, string) {
 		s := shownOf(e)
 		order, eventType, attempts := "not in the archive", cmp.Or(e.Type, "-"), "-"
 		if s.OrderID != nil {
@@ -370,11 +308,53 @@ func writeTable(w io.Writer, dead []operate.Dead) error {
 		if s.Attempts != nil {
 			attempts = fmt.Sprint(*s.Attempts)
 		}
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n",
-			s.Where, s.EventID, order, eventType, time.Since(e.DiedAt).Round(time.Second), attempts, oneLine(e.Reason))
+		return s, fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s", s.Where, s.EventID, order, eventType, age(e.DiedAt), attempts, oneLine(e.Reason))
+	})
+}
+
+// shownParked is a parked order as JSON.
+type shownParked struct {
+	OrderID  uuid.UUID `json:"order_id"`
+	ParkedAt time.Time `json:"parked_at"`
+	Events   int       `json:"events"`
+}
+
+func (d *operatorsDesk) parked(ctx context.Context) error {
+	parked, err := d.operator.FindParked(ctx, int64(d.limit)+1)
+	if err != nil {
+		return err
+	}
+	if len(parked) > d.limit {
+		defer fmt.Fprintf(d.stderr, "More orders are parked than these %d; see more with --limit.\n", d.limit)
+	}
+	return listed(d, parked, "No order is parked.", "ORDER\tAGE\tEVENTS", func(p operate.Parked) (any, string) {
+		return shownParked{p.Order, p.Since.UTC(), p.Events}, fmt.Sprintf("%s\t%s\t%d", p.Order, age(p.Since), p.Events)
+	})
+}
+
+// listed lists what was found, up to the limit. shown returns one of it as it is in JSON, and as it is in the table.
+func listed[T any](d *operatorsDesk, found []T, none, header string, shown func(T) (any, string)) error {
+	found = found[:min(len(found), d.limit)]
+	if len(found) == 0 && !d.json {
+		_, err := fmt.Fprintln(d.stdout, none)
+		return err
+	}
+	out, table := json.NewEncoder(d.stdout), tabwriter.NewWriter(d.stdout, 0, 0, 2, ' ', 0)
+	if !d.json {
+		fmt.Fprintln(table, header)
+	}
+	for _, one := range found {
+		object, row := shown(one)
+		if !d.json {
+			fmt.Fprintln(table, row)
+		} else if err := out.Encode(object); err != nil {
+			return err
+		}
 	}
 	return table.Flush()
 }
+
+func age(since time.Time) time.Duration { return time.Since(since).Round(time.Second) }
 
 // oneLine is the beginning of a text, without what would disturb a table or a terminal.
 func oneLine(text string) string {
@@ -426,33 +406,26 @@ func cloudEvent(e broker.Event) any {
 	}{"1.0", e.ID, e.Source, e.Type, e.Subject, e.Time.UTC(), "application/json", e.Traceparent, e.Data}
 }
 
-func (d *operatorsDesk) requeue(ctx context.Context) error {
+// settle requeues dead events, or drops them.
+func (d *operatorsDesk) settle(ctx context.Context) error {
 	dead, err := d.operator.FindDead(ctx, d.filter, operate.Everything)
 	if err != nil {
 		return err
 	}
-	found := len(dead)
-	dead = slices.DeleteFunc(dead, operate.Dead.Lost)
-	if lost := found - len(dead); lost > 0 {
-		fmt.Fprintf(d.stderr, "%s not in the archive any more, and cannot be requeued.\n", areOrIs(int64(lost)))
+	do, done := d.operator.Drop, "dropped"
+	if d.action == "dead requeue" {
+		do, done = d.operator.Requeue, "requeued"
+		found := len(dead)
+		dead = slices.DeleteFunc(dead, operate.Dead.Lost)
+		if lost := found - len(dead); lost > 0 {
+			fmt.Fprintf(d.stderr, "%s not in the archive any more, and cannot be requeued.\n", counted(lost, "is", "are"))
+		}
 	}
-	if goOn, err := d.confirmed(ctx, int64(len(dead)), "requeued"); !goOn {
+	if goOn, err := d.confirmed(ctx, int64(len(dead)), done); !goOn {
 		return err
 	}
-	outcome, err := d.operator.Requeue(ctx, dead)
-	return d.report(outcome, "requeued", err)
-}
-
-func (d *operatorsDesk) drop(ctx context.Context) error {
-	dead, err := d.operator.FindDead(ctx, d.filter, operate.Everything)
-	if err != nil {
-		return err
-	}
-	if goOn, err := d.confirmed(ctx, int64(len(dead)), "dropped"); !goOn {
-		return err
-	}
-	outcome, err := d.operator.Drop(ctx, dead)
-	return d.report(outcome, "dropped", err)
+	outcome, err := do(ctx, dead)
+	return d.report(outcome, done, err)
 }
 
 func (d *operatorsDesk) replay(ctx context.Context) error {
@@ -498,52 +471,6 @@ func (d *operatorsDesk) park(ctx context.Context) error {
 	}
 	fmt.Fprintf(d.stdout, "Order %s is %sed, with %s waiting.\n", order, d.action, plural(int64(now.Events)))
 	return nil
-}
-
-func (d *operatorsDesk) parked(ctx context.Context) error {
-	parked, err := d.operator.FindParked(ctx, int64(d.limit)+1)
-	if err != nil {
-		return err
-	}
-	more := len(parked) > d.limit
-	parked = parked[:min(len(parked), d.limit)]
-	if d.json {
-		err = writeParkedJSON(d.stdout, parked)
-	} else {
-		err = writeParkedTable(d.stdout, parked)
-	}
-	if more {
-		fmt.Fprintf(d.stderr, "More orders are parked than these %d; see more with --limit.\n", d.limit)
-	}
-	return err
-}
-
-func writeParkedJSON(w io.Writer, parked []operate.Parked) error {
-	out := json.NewEncoder(w)
-	for _, p := range parked {
-		err := out.Encode(struct {
-			OrderID  uuid.UUID `json:"order_id"`
-			ParkedAt time.Time `json:"parked_at"`
-			Events   int       `json:"events"`
-		}{p.Order, p.Since.UTC(), p.Events})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func writeParkedTable(w io.Writer, parked []operate.Parked) error {
-	if len(parked) == 0 {
-		_, err := fmt.Fprintln(w, "No order is parked.")
-		return err
-	}
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "ORDER\tAGE\tEVENTS")
-	for _, p := range parked {
-		fmt.Fprintf(table, "%s\t%s\t%d\n", p.Order, time.Since(p.Since).Round(time.Second), p.Events)
-	}
-	return table.Flush()
 }
 
 // confirmed shows how many events there are to do, and tells whether to go on with them.
@@ -597,7 +524,7 @@ func (d *operatorsDesk) report(outcome operate.Outcome, done string, err error) 
 	if command.IsTerminal(d.stderr) && !d.shown.IsZero() {
 		fmt.Fprint(d.stderr, "\r\033[K")
 	}
-	fmt.Fprintf(d.stdout, "%s %s.\n", wereOrWas(int64(outcome.Done)), done)
+	fmt.Fprintf(d.stdout, "%s %s.\n", counted(outcome.Done, "was", "were"), done)
 	for _, refused := range outcome.Refused {
 		fmt.Fprintln(d.stderr, oneLine(refused.Error()))
 	}
@@ -632,12 +559,12 @@ func plural(events int64) string {
 	return fmt.Sprintf("%d events", events)
 }
 
-func wereOrWas(events int64) string {
-	return plural(events) + map[bool]string{true: " was", false: " were"}[events == 1]
-}
-
-func areOrIs(events int64) string {
-	return plural(events) + map[bool]string{true: " is", false: " are"}[events == 1]
+// counted is a number of events, with its verb.
+func counted(events int, one, many string) string {
+	if events == 1 {
+		return "1 event " + one
+	}
+	return plural(int64(events)) + " " + many
 }
 
 // who is the operator, as far as the machine knows.

@@ -7,16 +7,10 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"time"
 
 	"idempotent-orders/internal/config"
-	"idempotent-orders/internal/connect"
-	"idempotent-orders/internal/local"
-	"idempotent-orders/migrations"
 	"idempotent-orders/reconcile"
 	"idempotent-orders/worker"
 )
@@ -50,21 +44,6 @@ The variables of the database are those of every command; Redis is not needed.
 type reconcileOptions struct {
 	from, to        time.Time // zero: open
 	allowDead, json bool
-}
-
-// checkReconcile reads the command line of reconcile as parse does: it tells what is wrong, or shows the help.
-func checkReconcile(args []string, stdout, stderr io.Writer) (command string, rest []string, err error) {
-	_, err = parseReconcile(args)
-	switch {
-	case err == nil:
-		return "reconcile", args, nil
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(stdout, reconcileUsage)
-		return "help", nil, nil
-	default:
-		fmt.Fprintf(stderr, "idempotent-orders: reconcile: %v; see reconcile --help\n", err)
-		return "", nil, errUsage
-	}
 }
 
 // parseReconcile reads the options; flag.ErrHelp asks for help.
@@ -131,25 +110,12 @@ func reconcileOrders(ctx context.Context, cfg config.Config, folder string, args
 }
 
 func readReport(ctx context.Context, cfg config.Config, folder string, o reconcileOptions, log *slog.Logger) (reconcile.Report, error) {
-	w := wanted(cfg, folder, true, log)
-	w.RedisSet = true // none is needed
-	if _, err := os.Stat(filepath.Join(folder, "postgresql")); errors.Is(err, fs.ErrNotExist) {
-		w.DatabaseSet = true // none was ever started here, and an empty one has nothing to say: only the default address is left
-	}
-	servers, err := local.Choose(ctx, w)
+	stores, err := openDatabase(ctx, cfg, folder, log)
 	if err != nil {
 		return reconcile.Report{}, err
 	}
-	defer servers.Stop(context.WithoutCancel(ctx))
-	pool, err := connect.PostgreSQL(ctx, servers.DatabaseURL)
-	if err != nil {
-		return reconcile.Report{}, fmt.Errorf("cannot use PostgreSQL; check DB_HOST, DB_PORT, DB_USER, DB_PASSWORD, DB_NAME or DATABASE_URL: %w", err)
-	}
-	defer pool.Close()
-	if err := migrations.Check(ctx, pool); err != nil {
-		return reconcile.Report{}, err
-	}
-	return reconcile.Run(ctx, pool, reconcile.Options{
+	defer stores.close(ctx, log)
+	return reconcile.Run(ctx, stores.pool, reconcile.Options{
 		From: o.from, To: o.to, Consumer: worker.EmailConsumer, KeyRetention: cfg.IdempotencyRetention,
 	})
 }

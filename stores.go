@@ -2,9 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -45,6 +49,41 @@ func open(ctx context.Context, cfg config.Config, folder string, which parts, lo
 	return s, nil
 }
 
+// openDatabase opens PostgreSQL alone, and Redis should it be there, for a command that looks at what there is. Neither is started on
+// an empty folder: nothing would be in it.
+func openDatabase(ctx context.Context, cfg config.Config, folder string, log *slog.Logger) (*stores, error) {
+	w := wanted(onlyWhatIs(cfg, folder), folder, true, log)
+	w.RedisSet = true // none is needed
+	servers, err := local.Choose(ctx, w)
+	if err != nil {
+		return nil, err
+	}
+	s := &stores{servers: servers, redis: connect.Redis(servers.RedisAddrs, servers.RedisPassword)}
+	s.pool, err = connect.PostgreSQL(ctx, servers.DatabaseURL)
+	if err != nil {
+		err = fmt.Errorf("%w: %w", errNoPostgreSQL, err)
+	} else {
+		err = migrations.Check(ctx, s.pool)
+	}
+	if err != nil {
+		s.close(ctx, log)
+		return nil, err
+	}
+	return s, nil
+}
+
+// onlyWhatIs leaves only the default addresses where no server was ever started in the folder.
+func onlyWhatIs(cfg config.Config, folder string) config.Config {
+	for name, set := range map[string]*bool{"postgresql": &cfg.DatabaseSet, "redis": &cfg.RedisSet} {
+		if _, err := os.Stat(filepath.Join(folder, name)); errors.Is(err, fs.ErrNotExist) {
+			*set = true
+		}
+	}
+	return cfg
+}
+
+var errNoPostgreSQL = errors.New("cannot use PostgreSQL; check DB_HOST, DB_PORT, DB_USER, DB_PASSWORD, DB_NAME or DATABASE_URL")
+
 func wanted(cfg config.Config, folder string, inParts bool, log *slog.Logger) local.Wanted {
 	return local.Wanted{
 		DatabaseURL: cfg.DatabaseURL, DatabaseSet: cfg.DatabaseSet,
@@ -59,7 +98,7 @@ func (s *stores) connect(ctx context.Context, cfg config.Config, which parts, lo
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("cannot use PostgreSQL; check DB_HOST, DB_PORT, DB_USER, DB_PASSWORD, DB_NAME or DATABASE_URL: %w", err)
+		return fmt.Errorf("%w: %w", errNoPostgreSQL, err)
 	}
 	log.InfoContext(ctx, "Connected to database successfully")
 	if which.migrate {

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"slices"
@@ -33,10 +35,12 @@ Variables:
 // parse reads the command line: it returns the command and its arguments, or "help" when the help was shown.
 func parse(args []string, stdout, stderr io.Writer) (command string, rest []string, err error) {
 	if len(args) > 0 && args[0] == "events" {
-		return checkEvents(args[1:], stdout, stderr)
+		_, err := parseEvents(args[1:])
+		return checked("events", args[1:], err, eventsUsage(), stdout, stderr)
 	}
 	if len(args) > 0 && args[0] == "reconcile" {
-		return checkReconcile(args[1:], stdout, stderr)
+		_, err := parseReconcile(args[1:])
+		return checked("reconcile", args[1:], err, reconcileUsage, stdout, stderr)
 	}
 	for _, arg := range args {
 		if slices.Contains([]string{"help", "-h", "-help", "--help"}, arg) {
@@ -59,6 +63,20 @@ func parse(args []string, stdout, stderr io.Writer) (command string, rest []stri
 		fmt.Fprintf(stderr, "idempotent-orders: %q is not a command with these arguments; see --help\n", args)
 	}
 	return "", nil, errUsage
+}
+
+// checked tells what is wrong with the command line of a command that has its own help, or shows that.
+func checked(command string, args []string, err error, help string, stdout, stderr io.Writer) (string, []string, error) {
+	switch {
+	case err == nil:
+		return command, args, nil
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(stdout, help)
+		return "help", nil, nil
+	default:
+		fmt.Fprintf(stderr, "idempotent-orders: %[1]s: %[2]v; see %[1]s --help\n", command, err)
+		return "", nil, errUsage
+	}
 }
 
 func help(w io.Writer) {
