@@ -77,7 +77,7 @@ loadtest: ## place 100 orders with the service that runs at http://localhost:808
 	go run ./loadtest
 
 .PHONY: bench
-bench: ## measure everything against pgbench and a naive server, and write docs/figures.md (7 minutes; a quiet machine)
+bench: ## measure everything against pgbench and a naive server, and write docs/figures.md (over 10 minutes; a quiet machine)
 	go run ./bench
 
 .PHONY: storm

@@ -23,12 +23,9 @@ func (l *lab) drain(ctx context.Context, events int, held bool) (s sample, err e
 		}
 		defer release()
 	}
-	if _, err := l.pool.Exec(ctx, fmt.Sprintf(`INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload)
-		SELECT gen_random_uuid(), gen_random_uuid(), 'order.created.v1', '/orders', '%s' FROM generate_series(1, %d)`, payload, events)); err != nil {
+	if err := execute(ctx, l.pool, fmt.Sprintf(`INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload)
+		SELECT gen_random_uuid(), gen_random_uuid(), 'order.created.v1', '/orders', '%s' FROM generate_series(1, %d)`, payload, events), "CHECKPOINT"); err != nil {
 		return s, fmt.Errorf("fill the outbox: %w", err)
-	}
-	if _, err := l.pool.Exec(ctx, "CHECKPOINT"); err != nil {
-		return s, err
 	}
 	p, err := l.start(ctx, worker, database)
 	if err != nil {
@@ -93,10 +90,7 @@ func (l *lab) followStream(ctx context.Context, p *process, events int) (rate fl
 
 // endToEnd places orders and waits until the last of them is mailed.
 func (l *lab) endToEnd(ctx context.Context) (s sample, err error) {
-	if err := l.reset(ctx); err != nil {
-		return s, err
-	}
-	p, err := l.start(ctx, everything, database)
+	p, err := l.fresh(ctx, everything)
 	if err != nil {
 		return s, err
 	}
@@ -133,10 +127,7 @@ func (l *lab) endToEnd(ctx context.Context) (s sample, err error) {
 
 // idle measures what all of the project costs when there is nothing to do.
 func (l *lab) idle(ctx context.Context) (s sample, err error) {
-	if err := l.reset(ctx); err != nil {
-		return s, err
-	}
-	p, err := l.start(ctx, everything, database)
+	p, err := l.fresh(ctx, everything)
 	if err != nil {
 		return s, err
 	}

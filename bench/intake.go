@@ -89,18 +89,17 @@ func (l *lab) fill(ctx context.Context) error {
 		return err
 	}
 	const id = `(lpad(to_hex(1700000000000 + n), 12, '0') || '7' || substr(md5(n::text), 1, 3) || '8' || substr(md5(n::text), 4, 15))::uuid`
-	for _, sql := range []string{
+	err = execute(ctx, pool,
 		fmt.Sprintf(`INSERT INTO orders (id, caller, user_id, amount)
 			SELECT %s, 'anonymous', 'user-456', 1000 FROM generate_series(1, %d) n`, id, fullOrders),
 		fmt.Sprintf(`INSERT INTO idempotency_keys (digest, caller, operation, key, fingerprint, order_id, expires_at)
 			SELECT gen_random_uuid(), 'anonymous', 'PlaceOrder', gen_random_uuid()::text, sha256('order'), %s, now() + interval '24 hours'
 			FROM generate_series(1, %d) n`, id, fullOrders),
 		"VACUUM ANALYZE orders", "VACUUM ANALYZE idempotency_keys",
-	} {
-		if _, err := pool.Exec(ctx, sql); err != nil {
-			pool.Close()
-			return err
-		}
+	)
+	if err != nil {
+		pool.Close()
+		return err
 	}
 	l.full = pool
 	return nil
@@ -214,10 +213,7 @@ func (l *lab) openLoop(ctx context.Context, contender string, rate float64) (sam
 	if rate < 1 {
 		return sample{}, errors.New("the rate follows from the peaks; measure them in the same run: --only intake,naive,open")
 	}
-	if err := l.reset(ctx); err != nil {
-		return sample{}, err
-	}
-	p, err := l.start(ctx, contender, database)
+	p, err := l.fresh(ctx, contender)
 	if err != nil {
 		return sample{}, err
 	}

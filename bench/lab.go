@@ -129,11 +129,14 @@ func (l *lab) reset(ctx context.Context) error {
 	if err := l.rdb.FlushAll(ctx).Err(); err != nil {
 		return fmt.Errorf("empty Redis: %w", err)
 	}
-	for _, sql := range []string{
-		"TRUNCATE orders, idempotency_keys, outbox, outbox_published, inbox RESTART IDENTITY", "CHECKPOINT",
-	} {
-		if _, err := l.pool.Exec(ctx, sql); err != nil {
-			return fmt.Errorf("empty the tables: %w", err)
+	return execute(ctx, l.pool, "TRUNCATE orders, idempotency_keys, outbox, outbox_published, inbox RESTART IDENTITY", "CHECKPOINT")
+}
+
+// execute does one thing after the other.
+func execute(ctx context.Context, pool *pgxpool.Pool, statements ...string) error {
+	for _, sql := range statements {
+		if _, err := pool.Exec(ctx, sql); err != nil {
+			return fmt.Errorf("%.40s…: %w", sql, err)
 		}
 	}
 	return nil
@@ -152,6 +155,14 @@ type process struct {
 	cmd    *exec.Cmd
 	said   *bytes.Buffer // read it after exited
 	exited chan struct{}
+}
+
+// fresh resets everything and starts a contender.
+func (l *lab) fresh(ctx context.Context, name string) (*process, error) {
+	if err := l.reset(ctx); err != nil {
+		return nil, err
+	}
+	return l.start(ctx, name, database)
 }
 
 // start starts a contender on a database and waits until it answers. Its parts without HTTP are not waited for.

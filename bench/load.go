@@ -9,14 +9,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -28,11 +26,11 @@ import (
 
 const body = `{"user_id":"user-456","amount":1000}`
 
-// load is what a load generator shall send. It is the one argument of those that run as this program again.
+// load is what a load generator shall send. It is the one argument of this program when it runs again as one.
 type load struct {
 	Addr        string
 	Connections int    // closed loop: each sends again when it has its answer
-	Rate        int    // open loop: requests a second, whatever the answers do
+	Rate        int    // open loop: requests a second, whatever the answers do; 0: a closed loop
 	Workers     int    // open loop: how many requests may be under way; 0: 1024
 	Seconds     int    // for how long it is measured
 	Key         string // empty: a fresh one for each request
@@ -58,10 +56,10 @@ func freshKeys() func(n uint64) string {
 	return func(n uint64) string { return fmt.Sprintf("%08x%s", uint32(n*2654435761), tail) }
 }
 
-// closed sends load in a closed loop, from another process: wrk, or without it this program.
+// closed sends load in a closed loop, from another process: wrk, or without it vegeta.
 func (l *lab) closed(ctx context.Context, o load) (answers, error) {
 	if l.wrk == "" {
-		return l.generate(ctx, o, l.self, hiddenClosed, mustJSON(o))
+		return l.open(ctx, o)
 	}
 	script := filepath.Join(l.dir, "wrk.lua")
 	if err := os.WriteFile(script, []byte(wrkScript(o)), 0o600); err != nil {
@@ -71,9 +69,9 @@ func (l *lab) closed(ctx context.Context, o load) (answers, error) {
 		"--timeout", "5s", "-s", script, "http://"+o.Addr+"/orders")
 }
 
-// open sends load in an open loop, from another process.
+// open sends load with vegeta, from another process.
 func (l *lab) open(ctx context.Context, o load) (answers, error) {
-	return l.generate(ctx, o, l.self, hiddenOpen, mustJSON(o))
+	return l.generate(ctx, o, l.self, hiddenLoad, mustJSON(o))
 }
 
 // generate runs a load generator and reads its answers.
@@ -130,54 +128,6 @@ func rawRequest(o load, key string) string {
 		"Content-Length: %d\r\n\r\n%s", o.Addr, key, len(o.Body), o.Body)
 }
 
-// closedLoad is the generator for machines without wrk. It costs more processor than wrk does.
-func closedLoad(o load) answers {
-	var broken, count atomic.Int64
-	var mu sync.Mutex
-	var metrics vegeta.LatencyMetrics
-	var total answers
-	key := freshKeys()
-	start := time.Now()
-	end := start.Add(time.Duration(o.Seconds) * time.Second)
-	var clients sync.WaitGroup
-	for range o.Connections {
-		clients.Go(func() {
-			conn, err := net.Dial("tcp", o.Addr)
-			if err != nil {
-				broken.Add(1)
-				return
-			}
-			defer conn.Close()
-			reader := bufio.NewReader(conn)
-			for sent := time.Now(); sent.Before(end); sent = time.Now() {
-				k := o.Key
-				if k == "" {
-					k = key(uint64(count.Add(1)))
-				}
-				_ = conn.SetDeadline(sent.Add(5 * time.Second))
-				status, err := exchange(conn, reader, rawRequest(o, k))
-				if err != nil {
-					broken.Add(1)
-					return
-				}
-				mu.Lock()
-				metrics.Add(time.Since(sent))
-				total.Requests++
-				if status >= 400 {
-					total.Refused++
-				}
-				mu.Unlock()
-			}
-		})
-	}
-	clients.Wait()
-	total.Broken, total.Micros = int(broken.Load()), micros(time.Since(start))
-	if total.Requests > 0 {
-		total.P50, total.P99 = micros(metrics.Quantile(0.5)), micros(metrics.Quantile(0.99))
-	}
-	return total
-}
-
 func exchange(conn io.Writer, reader *bufio.Reader, request string) (status int, err error) {
 	if _, err = io.WriteString(conn, request); err != nil {
 		return 0, err
@@ -194,39 +144,44 @@ func exchange(conn io.Writer, reader *bufio.Reader, request string) (status int,
 // openWarmUp is how long the open loop runs before it is measured: connections are made, and the server's own are.
 const openWarmUp = time.Second
 
-// openLoad sends at a fixed rate. What is sent while the server is slow waits in line, and the wait counts.
-func openLoad(o load) answers {
+// send sends load with vegeta, in an open loop, or in a closed one when it has no rate. What is sent in an open loop while the server
+// is slow waits in line, and the wait counts.
+func send(o load) answers {
 	key, n := freshKeys(), atomic.Uint64{}
 	target := func(t *vegeta.Target) error {
 		t.Method, t.URL, t.Body = http.MethodPost, "http://"+o.Addr+"/orders", []byte(o.Body)
-		t.Header = http.Header{"Idempotency-Key": {key(n.Add(1))}, "Content-Type": {"application/json"}}
+		t.Header = http.Header{"Idempotency-Key": {cmp.Or(o.Key, key(n.Add(1)))}, "Content-Type": {"application/json"}}
 		return nil
 	}
-	workers := cmp.Or(o.Workers, 1024)
-	attacker := vegeta.NewAttacker(vegeta.Workers(64), vegeta.MaxWorkers(uint64(workers)), vegeta.Connections(workers), vegeta.Timeout(5*time.Second))
+	workers, warmUp := cmp.Or(o.Workers, 1024), openWarmUp
+	if o.Rate == 0 {
+		workers, warmUp = o.Connections, 0
+	}
+	attacker := vegeta.NewAttacker(vegeta.Workers(uint64(min(workers, 64))), vegeta.MaxWorkers(uint64(workers)), vegeta.Connections(workers), vegeta.Timeout(5*time.Second))
 	a := answers{Apart: o.Workers > 0}
 	var metrics, refusals vegeta.LatencyMetrics
 	measured := time.Duration(o.Seconds) * time.Second
 	start := time.Now()
-	for r := range attacker.Attack(target, vegeta.Rate{Freq: o.Rate, Per: time.Second}, openWarmUp+measured, "") {
-		if r.Timestamp.Sub(start) < openWarmUp {
+	for r := range attacker.Attack(target, vegeta.Rate{Freq: o.Rate, Per: time.Second}, warmUp+measured, "") {
+		if r.Timestamp.Sub(start) < warmUp {
 			continue
 		}
-		switch {
-		case r.Code == 0:
+		if r.Code == 0 {
 			a.Broken++
 			continue
-		case r.Code >= 400:
-			a.Refused++
 		}
 		a.Requests++
-		if a.Apart && r.Code >= 400 {
-			refusals.Add(r.Latency)
-			continue
+		refused := r.Code >= 400
+		if refused {
+			a.Refused++
 		}
-		metrics.Add(r.Latency)
+		if refused && a.Apart {
+			refusals.Add(r.Latency)
+		} else {
+			metrics.Add(r.Latency)
+		}
 	}
-	a.Micros = micros(time.Since(start) - openWarmUp)
+	a.Micros = micros(time.Since(start) - warmUp)
 	if a.Apart && a.Refused > 0 {
 		a.Refusal = micros(refusals.Quantile(0.99))
 	}
@@ -241,30 +196,24 @@ func hidden(ctx context.Context, args []string, stdout io.Writer) (bool, error) 
 	if len(args) != 2 {
 		return false, nil
 	}
-	var o load
-	var send func(load) answers
 	switch args[0] {
 	case hiddenServer:
 		return true, serveContender(ctx, args[1])
-	case hiddenClosed:
-		send = closedLoad
-	case hiddenOpen:
-		send = openLoad
-	default:
-		return false, nil
-	}
-	if err := json.Unmarshal([]byte(args[1]), &o); err != nil {
+	case hiddenLoad:
+		var o load
+		if err := json.Unmarshal([]byte(args[1]), &o); err != nil {
+			return true, err
+		}
+		_, err := fmt.Fprintln(stdout, mustJSON(send(o)))
 		return true, err
 	}
-	_, err := fmt.Fprintln(stdout, mustJSON(send(o)))
-	return true, err
+	return false, nil
 }
 
 // The parts that run as processes of their own.
 const (
 	hiddenServer = "contender"
-	hiddenClosed = "closed-loop"
-	hiddenOpen   = "open-loop"
+	hiddenLoad   = "load"
 )
 
 func mustJSON(v any) string {

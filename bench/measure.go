@@ -166,7 +166,7 @@ func (l *lab) measurements() []measurement {
 // loadSettings names the generator of a closed loop and its settings.
 func (l *lab) loadSettings(connections int) string {
 	if l.wrk == "" {
-		return fmt.Sprintf("own generator, %s, %d s", plural(connections, "connection"), l.seconds)
+		return fmt.Sprintf("vegeta, closed loop, %s, %d s", plural(connections, "connection"), l.seconds)
 	}
 	return fmt.Sprintf("wrk -t1 -c%d -d%ds", connections, l.seconds)
 }

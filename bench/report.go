@@ -318,7 +318,7 @@ func (l *lab) describe(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	generator := "no wrk is installed, so the closed loops come from the benchmark's own generator in another process, which costs more processor than wrk"
+	generator := "no wrk is installed, so the closed loops come from vegeta, too, which costs more processor than wrk"
 	if l.wrk != "" {
 		text, _ := exec.CommandContext(ctx, l.wrk, "-v").CombinedOutput() // it exits 1
 		generator = strings.Join(strings.Fields(string(text))[:2], " ") + " with one thread: where its load nears one core, it was wrk that was measured"

@@ -90,10 +90,5 @@ func (l *lab) fillToSweep(ctx context.Context, old bool) error {
 			SELECT gen_random_uuid(), 'anonymous', 'swept', gen_random_uuid()::text, sha256('order'), gen_random_uuid(), now() + interval '%s'
 			FROM generate_series(1, %d) n`, expires, sweptKeys),
 		"VACUUM ANALYZE idempotency_keys", "VACUUM ANALYZE inbox", "VACUUM ANALYZE outbox_published", "CHECKPOINT")
-	for _, sql := range do {
-		if _, err := l.pool.Exec(ctx, sql); err != nil {
-			return err
-		}
-	}
-	return nil
+	return execute(ctx, l.pool, do...)
 }

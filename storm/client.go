@@ -263,15 +263,12 @@ func (c *crowd) send(ctx context.Context, k *keyLog, this call, r *rand.Rand, se
 	this.start = int64(c.lab.since())
 	status, header, content, err := c.exchange(request)
 	this.end = int64(c.lab.since())
-	if err != nil {
-		this.outcome = unclear
-		k.note(this, answer{})
-		c.done[this.outcome].Add(1)
-		return this.outcome
-	}
+	this.outcome = unclear
 	var reply answer
-	this.status = uint16(status)
-	this.outcome, reply = k.judge(this, status, header, content)
+	if err == nil {
+		this.status = uint16(status)
+		this.outcome, reply = k.judge(this, status, header, content)
+	}
 	k.note(this, reply)
 	c.done[this.outcome].Add(1)
 	return this.outcome

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -273,7 +274,7 @@ func excused(accepted time.Duration, strikes []strike) bool {
 			if accepted <= s.Began+100*time.Millisecond && accepted >= unmarked(s.Began, strikes) {
 				return true
 			}
-		case isLine(s.Kind) && isConsumer(s.Target) && to(s.Target) == smtpSink:
+		case isLine(s.Kind) && isConsumer(s.Target) && isLineTo(s.Target, smtpSink):
 			if accepted >= s.Began-markTime && accepted <= s.Ended+markTime {
 				return true
 			}
@@ -286,7 +287,7 @@ func excused(accepted time.Duration, strikes []strike) bool {
 func unmarked(at time.Duration, strikes []strike) time.Duration {
 	since := at - markTime
 	for _, s := range slices.Backward(strikes) {
-		between := isConsumer(s.Target) && to(s.Target) == postgres || len(s.Kind) > 8 && s.Kind[:8] == "postgres" || s.Kind == "freeze" && isConsumer(s.Target)
+		between := isConsumer(s.Target) && isLineTo(s.Target, postgres) || strings.HasPrefix(s.Kind, "postgres") || s.Kind == "freeze" && isConsumer(s.Target)
 		if between && s.Began <= at && s.Ended+3*time.Second >= since {
 			since = min(since, s.Began-markTime)
 		}
@@ -309,13 +310,7 @@ func isLine(kind string) bool {
 }
 
 // isConsumer tells whether a target is a consumer, or a line of one.
-func isConsumer(target string) bool { return len(target) > 8 && target[:8] == "consumer" }
+func isConsumer(target string) bool { return strings.HasPrefix(target, "consumer") }
 
-func to(target string) string {
-	for i := range target {
-		if target[i] == '>' {
-			return target[i+1:]
-		}
-	}
-	return ""
-}
+// isLineTo tells whether a target is a line to somewhere.
+func isLineTo(target, to string) bool { return strings.HasSuffix(target, ">"+to) }

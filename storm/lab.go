@@ -314,7 +314,7 @@ func (l *lab) strikePostgreSQL(ctx context.Context, how string, f fault) error {
 		return err
 	}
 	for name, line := range l.lines {
-		if strings.HasSuffix(name, ">"+postgres) {
+		if isLineTo(name, postgres) {
 			if err := line.retarget(hostPort(l.postgres.URL(database))); err != nil {
 				return err
 			}

@@ -39,7 +39,7 @@ func openLine(name, upstream string) (*lineProxy, error) {
 		return nil, err
 	}
 	l := &lineProxy{name: name, proxy: toxiproxy.NewProxy(proxyServer, name, "127.0.0.1:"+port, upstream)}
-	if strings.HasSuffix(name, ">"+postgres) {
+	if isLineTo(name, postgres) {
 		l.commit = &commitCut{}
 		commitCuts.Store(name, l.commit)
 		for _, direction := range []string{"upstream", "downstream"} {

@@ -115,7 +115,7 @@ func (p *process) stop(patience time.Duration) (clean bool) {
 	}
 }
 
-// faults returns what no run of the program may ever say.
+// cries returns what no run of the program may ever say.
 func (p *process) cries() (cries []string) {
 	said, _ := os.ReadFile(p.log)
 	for _, cry := range []string{"panic:", "fatal error:", "WARNING: DATA RACE", "msg=\"An answer was cut off\"", "panicked"} {

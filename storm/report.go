@@ -118,15 +118,15 @@ func (r *result) Worst() (all []worst) {
 	return all
 }
 
-func (r *result) Claims() (all []struct {
+// claimed is a claim, and how often it was broken.
+type claimed struct {
 	Claim string
 	Count int
-}) {
+}
+
+func (r *result) Claims() (all []claimed) {
 	for _, claim := range claims {
-		all = append(all, struct {
-			Claim string
-			Count int
-		}{claim, r.Verdict.Count[claim]})
+		all = append(all, claimed{claim, r.Verdict.Count[claim]})
 	}
 	return all
 }

@@ -5,7 +5,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -70,7 +69,7 @@ func lines() []string {
 }
 
 func linesTo(target string) []string {
-	return slices.DeleteFunc(lines(), func(name string) bool { return !strings.HasSuffix(name, ">"+target) })
+	return slices.DeleteFunc(lines(), func(name string) bool { return !isLineTo(name, target) })
 }
 
 // span is a range from which a duration is drawn.
