@@ -300,14 +300,11 @@ func (l *lab) describe(ctx context.Context) ([]string, error) {
 	if err := l.pool.QueryRow(ctx, "SHOW server_version").Scan(&version); err != nil {
 		return nil, err
 	}
-	var shown []string
-	for _, name := range []string{"fsync", "synchronous_commit", "full_page_writes", "wal_level", "data_checksums", "shared_buffers",
-		"max_wal_size", "max_connections", "autovacuum"} {
-		var value string
-		if err := l.pool.QueryRow(ctx, "SHOW "+name).Scan(&value); err != nil {
-			return nil, err
-		}
-		shown = append(shown, name+" "+value)
+	var shown string
+	err := l.pool.QueryRow(ctx, `SELECT string_agg(name || ' ' || current_setting(name), ', ' ORDER BY n) FROM unnest($1::text[]) WITH ORDINALITY AS t (name, n)`,
+		[]string{"fsync", "synchronous_commit", "full_page_writes", "wal_level", "data_checksums", "shared_buffers", "max_wal_size", "max_connections", "autovacuum"}).Scan(&shown)
+	if err != nil {
+		return nil, err
 	}
 	info := l.rdb.InfoMap(ctx, "server").Item("Server", "redis_version")
 	redisShown, err := l.rdb.ConfigGet(ctx, "appendonly").Result()
@@ -331,7 +328,7 @@ func (l *lab) describe(ctx context.Context) ([]string, error) {
 		time.Now().UTC().Format(time.DateOnly) + ", " + machine(l.dir),
 		fmt.Sprintf("%s; PostgreSQL %s; Redis %s; %s; %s; vegeta for the open loops", runtime.Version(), version, info,
 			strings.TrimSpace(string(bench)), generator),
-		"PostgreSQL, its defaults but for max_connections, reached over TCP: " + strings.Join(shown, ", "),
+		"PostgreSQL, its defaults but for max_connections, reached over TCP: " + shown,
 		fmt.Sprintf("Redis: appendonly %s, save %q", redisShown["appendonly"], saved["save"]),
 		"pgbench: BEGIN, the three inserts of an order into the same tables (same columns and sizes, random UUIDs), COMMIT; five round trips",
 		"The naive server (bench/naive): a lock in Redis and a transaction in PostgreSQL for each request, prepared statements, 16 connections",

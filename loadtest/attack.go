@@ -51,21 +51,19 @@ func (a attack) run(ctx context.Context, stdout, stderr io.Writer) error {
 	if err := reach(ctx, client, a.url); err != nil {
 		return err
 	}
-	files, err := a.createFiles(stdout)
-	if err != nil {
+	if err := a.checkFiles(); err != nil {
 		return err
 	}
-	defer files.discard()
-
 	result, err := a.measure(ctx, newProgress(stderr, a.duration))
 	if err != nil {
 		return err
 	}
+	shown := stdout
 	if a.json == "-" {
-		stdout = stderr
+		shown = stderr
 	}
-	fmt.Fprint(stdout, result)
-	return errors.Join(result.verdict, files.write(result))
+	fmt.Fprint(shown, result)
+	return errors.Join(result.verdict, result.writeFiles(stdout))
 }
 
 // measure attacks until the time is over or ctx ends, and returns what it measured.

@@ -7,10 +7,10 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"sync"
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
 	"idempotent-orders/gen/api"
 	"idempotent-orders/internal/command"
@@ -101,27 +101,20 @@ func (a answer) String() string {
 // place places n orders, as many at once as may be in flight, and returns the answers as they come. When ctx ends, what was
 // not answered yet has no answer.
 func place(ctx context.Context, client *api.ClientWithResponses, n int) <-chan answer {
-	numbers, answers := make(chan int), make(chan answer)
-	var senders sync.WaitGroup
-	for range min(n, maxInFlight) {
-		senders.Go(func() {
-			for number := range numbers {
+	answers := make(chan answer)
+	go func() {
+		defer close(answers)
+		var senders errgroup.Group
+		senders.SetLimit(maxInFlight)
+		for number := 1; number <= n && ctx.Err() == nil; number++ {
+			senders.Go(func() error {
 				if a := placeOne(ctx, client, number); ctx.Err() == nil || a.err == nil {
 					answers <- a
 				}
-			}
-		})
-	}
-	go func() {
-		defer close(answers)
-		defer senders.Wait()
-		defer close(numbers)
-		for number := 1; number <= n && ctx.Err() == nil; number++ {
-			select {
-			case numbers <- number:
-			case <-ctx.Done():
-			}
+				return nil
+			})
 		}
+		_ = senders.Wait()
 	}()
 	return answers
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -88,24 +89,21 @@ type bucket struct {
 // filled returns the buckets from the first to the last that has something in it.
 func (r *result) filled() []bucket {
 	var all []bucket
-	first, last := -1, 0
 	for i, count := range r.metrics.Histogram.Counts {
 		b := bucket{from: buckets[i], count: count}
 		if i+1 < len(buckets) {
 			b.to = buckets[i+1]
 		}
 		all = append(all, b)
-		if count > 0 {
-			last = i
-			if first < 0 {
-				first = i
-			}
-		}
 	}
+	first := slices.IndexFunc(all, func(b bucket) bool { return b.count > 0 })
 	if first < 0 {
 		return nil
 	}
-	return all[first : last+1]
+	for all[len(all)-1].count == 0 {
+		all = all[:len(all)-1]
+	}
+	return all[first:]
 }
 
 // histogram returns the latencies as bars; the longest has the width of 50 signs.
@@ -200,84 +198,47 @@ func (r *result) writeHTML(w io.Writer) error {
 	return err
 }
 
-// files are where the result is written, besides what is shown.
-type files struct {
-	html, json *file
-	stdout     io.Writer // for the JSON, or nil
-}
-
-// createFiles creates the files before the attack begins, so that one that cannot be written fails at once.
-func (a attack) createFiles(stdout io.Writer) (files, error) {
-	var f files
-	var err error
-	if f.html, err = create("--html", a.html); err != nil {
-		return f, err
-	}
-	if a.json == "-" {
-		f.stdout = stdout
-		return f, nil
-	}
-	if f.json, err = create("--json", a.json); err != nil {
-		f.discard()
-	}
-	return f, err
-}
-
-// write writes the result.
-func (f files) write(r *result) error {
-	var err error
-	if f.stdout != nil {
-		err = r.writeJSON(f.stdout)
-	}
-	return errors.Join(err, f.json.write(r.writeJSON), f.html.write(r.writeHTML))
-}
-
-// discard removes what was created and not written.
-func (f files) discard() {
-	f.html.discard()
-	f.json.discard()
-}
-
-// file is a file that is there when it is complete: until then it has another name. A nil file is none.
-type file struct {
-	option, path string
-	partial      *os.File
-}
-
-// create creates the file that an option names, or none when the path is empty.
-func create(option, path string) (*file, error) {
-	if path == "" {
-		return nil, nil
-	}
-	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is %s, which is not a file; name one", option, path)
-	}
-	partial, err := os.Create(path + ".partial")
-	if err != nil {
-		return nil, fmt.Errorf("%s cannot be written; name another file: %w", option, err)
-	}
-	return &file{option, path, partial}, nil
-}
-
-// write writes the file and gives it its name, or leaves what was there before.
-func (f *file) write(to func(io.Writer) error) error {
-	if f == nil {
-		return nil
-	}
-	if err := errors.Join(to(f.partial), f.partial.Close()); err != nil {
-		return fmt.Errorf("write %s: %w", f.option, err)
-	}
-	if err := os.Rename(f.partial.Name(), f.path); err != nil {
-		return fmt.Errorf("write %s: %w", f.option, err)
+// checkFiles makes sure, before the attack begins, that the files can be written. It leaves everything as it is.
+func (a attack) checkFiles() error {
+	for option, path := range map[string]string{"--html": a.html, "--json": a.json} {
+		if path == "" || path == "-" {
+			continue
+		}
+		info, missing := os.Stat(path)
+		if missing == nil && !info.Mode().IsRegular() {
+			return fmt.Errorf("%s is %s, which is not a file; name one", option, path)
+		}
+		file, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o644)
+		if err != nil {
+			return fmt.Errorf("%s cannot be written; name another file: %w", option, err)
+		}
+		_ = file.Close()
+		if missing != nil {
+			_ = os.Remove(path)
+		}
 	}
 	return nil
 }
 
-// discard removes the file unless it is complete.
-func (f *file) discard() {
-	if f == nil {
-		return
+// writeFiles writes what was asked for, besides what is shown.
+func (r *result) writeFiles(stdout io.Writer) error {
+	write := func(option, path string, to func(io.Writer) error) error {
+		var text bytes.Buffer
+		if path == "" {
+			return nil
+		}
+		err := to(&text)
+		switch {
+		case err != nil:
+		case path == "-":
+			_, err = text.WriteTo(stdout)
+		default:
+			err = os.WriteFile(path, text.Bytes(), 0o644)
+		}
+		if err != nil {
+			return fmt.Errorf("write %s: %w", option, err)
+		}
+		return nil
 	}
-	_ = f.partial.Close()
-	_ = os.Remove(f.partial.Name())
+	return errors.Join(write("--json", r.json, r.writeJSON), write("--html", r.html, r.writeHTML))
 }

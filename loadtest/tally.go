@@ -40,7 +40,7 @@ type tally struct {
 func newTally(plots bool) *tally {
 	t := &tally{
 		metrics:  vegeta.Metrics{Histogram: &vegeta.Histogram{Buckets: buckets, Counts: make([]uint64, len(buckets))}},
-		first:    firstOrders{byKey: map[string]uuid.UUID{}},
+		first:    firstOrders{young: map[string]uuid.UUID{}},
 		failures: map[string]int{},
 	}
 	if plots {
@@ -120,29 +120,24 @@ func label(r *vegeta.Result) string {
 	}
 }
 
-// rememberedKeys is how many keys are remembered with their order, some 10 MB. An answer may come as late as sendTimeout, and
+// rememberedKeys is how many keys at least are remembered with their order, in some 20 MB. An answer may come as late as sendTimeout, and
 // a repeat recentOrders later: up to some 4000 orders per second not one is missed, and beyond only where answers are that late.
 const rememberedKeys = 1 << 16
 
-// firstOrders remembers for the last keys which order their first answer named.
-type firstOrders struct {
-	byKey map[string]uuid.UUID
-	keys  []string // of byKey, a ring
-	next  int      // where in the ring the oldest is, once it is full
-}
+// firstOrders remembers for the last keys which order their first answer named: the younger half, and an older one.
+type firstOrders struct{ young, old map[string]uuid.UUID }
 
 // of returns the order that the first answer of the key named, which is this one if none came before.
 func (f *firstOrders) of(key string, order uuid.UUID) uuid.UUID {
-	if first, ok := f.byKey[key]; ok {
+	if first, ok := f.young[key]; ok {
 		return first
 	}
-	f.byKey[key] = order
-	if len(f.keys) < rememberedKeys {
-		f.keys = append(f.keys, key)
-		return order
+	if first, ok := f.old[key]; ok {
+		return first
 	}
-	delete(f.byKey, f.keys[f.next])
-	f.keys[f.next] = key
-	f.next = (f.next + 1) % rememberedKeys
+	if len(f.young) == rememberedKeys {
+		f.young, f.old = map[string]uuid.UUID{}, f.young
+	}
+	f.young[key] = order
 	return order
 }

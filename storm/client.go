@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 )
 
 const (
@@ -71,7 +72,7 @@ func (c *crowd) client(ctx context.Context, r *rand.Rand) {
 	for ctx.Err() == nil {
 		switch draw := r.IntN(100); {
 		case draw < 40:
-			c.insist(ctx, r, c.fresh(r), 0)
+			c.insist(ctx, r, c.fresh(), 0)
 		case draw < 60:
 			c.burst(ctx, r)
 		case draw < 72:
@@ -89,7 +90,7 @@ func (c *crowd) client(ctx context.Context, r *rand.Rand) {
 }
 
 // fresh opens a key. Callers share numbers: about as often as not, one takes a number that another has.
-func (c *crowd) fresh(r *rand.Rand) *keyLog {
+func (c *crowd) fresh() *keyLog {
 	callers := c.lab.callers()
 	n := c.next.Add(1) - 1
 	// Each number goes round the callers, so that every caller has it, at about the same time.
@@ -111,7 +112,7 @@ func (c *crowd) insist(ctx context.Context, r *rand.Rand, k *keyLog, body uint8)
 
 // burst sends one key several times at once, to whichever server, and now and then with bodies that conflict.
 func (c *crowd) burst(ctx context.Context, r *rand.Rand) {
-	k := c.fresh(r)
+	k := c.fresh()
 	conflicting := r.IntN(3) == 0
 	var sends sync.WaitGroup
 	for i := range 2 + r.IntN(3) {
@@ -129,7 +130,7 @@ func (c *crowd) burst(ctx context.Context, r *rand.Rand) {
 
 // abandon gives up waiting after a moment, and comes back.
 func (c *crowd) abandon(ctx context.Context, r *rand.Rand) {
-	k := c.fresh(r)
+	k := c.fresh()
 	c.post(ctx, r, k, 0, r.IntN(len(c.urls)), time.Duration(r.Int64N(int64(30*time.Millisecond))))
 	if r.IntN(10) == 0 {
 		return // for ever: the order may exist, unacknowledged
@@ -141,7 +142,7 @@ func (c *crowd) abandon(ctx context.Context, r *rand.Rand) {
 func (c *crowd) comeBack(ctx context.Context, r *rand.Rand, other uint8) {
 	k := c.known(r)
 	if k == nil {
-		c.insist(ctx, r, c.fresh(r), 0)
+		c.insist(ctx, r, c.fresh(), 0)
 		return
 	}
 	_, body, _ := k.acknowledged()
@@ -175,28 +176,17 @@ func (c *crowd) intrude(ctx context.Context, r *rand.Rand) {
 
 // probe asks a server for fresh keys, at a steady rate.
 func (c *crowd) probe(ctx context.Context, server int) {
-	var under sync.WaitGroup
-	defer under.Wait()
-	slots := make(chan struct{}, mostProbes)
 	r := rand.New(rand.NewPCG(uint64(server), 7))
-	for tick := time.NewTicker(probeEvery); ; {
-		select {
-		case <-ctx.Done():
-			tick.Stop()
-			return
-		case <-tick.C:
-		}
-		select {
-		case slots <- struct{}{}:
-		default:
-			continue // the answers that are waited for tell as well
-		}
-		k, own := c.fresh(r), rand.New(rand.NewPCG(r.Uint64(), 0))
-		under.Go(func() {
-			defer func() { <-slots }()
-			c.post(ctx, own, k, 0, server, callTimeout)
+	var under errgroup.Group
+	under.SetLimit(mostProbes) // beyond, the answers that are waited for tell as well
+	for ; ctx.Err() == nil; pause(ctx, probeEvery) {
+		own := rand.New(rand.NewPCG(r.Uint64(), 0))
+		under.TryGo(func() error {
+			c.post(ctx, own, c.fresh(), 0, server, callTimeout)
+			return nil
 		})
 	}
+	_ = under.Wait()
 }
 
 func (c *crowd) remember(r *rand.Rand, k *keyLog) {

@@ -169,31 +169,12 @@ func (k *keyLog) story() string {
 	return text
 }
 
+// keyName is a key as the database has it.
+type keyName struct{ caller, key string }
+
 // judgeOrders compares what callers were promised with what there is.
 func (v *verdict) judgeOrders(e *evidence) {
-	type keyName struct{ caller, key string }
-	held := map[keyName]dbOrder{}
-	seen := map[uuid.UUID]keyName{}
-	for _, o := range e.orders {
-		key := keyName{o.caller, o.key}
-		switch {
-		case o.caller == "":
-			v.add(claimOne, "order %s of user %s has no key", o.id, o.userID)
-			continue
-		case o.owner == "":
-			v.add(claimKept, "the key %s of %s holds order %s, which does not exist", o.key, o.caller, o.id)
-			continue
-		case o.owner != o.caller:
-			v.add(claimPrivate, "order %s is %s's, and its key %s's", o.id, o.owner, o.caller)
-		}
-		if other, twice := seen[o.id]; twice {
-			v.add(claimPrivate, "order %s is held by the keys %v and %v", o.id, other, key)
-		}
-		if other, twice := held[key]; twice {
-			v.add(claimOne, "the key %s of %s holds the orders %s and %s", o.key, o.caller, other.id, o.id)
-		}
-		seen[o.id], held[key] = key, o
-	}
+	held := v.judgeHeld(e.orders)
 	answered := map[uuid.UUID]*keyLog{}
 	for _, k := range e.keys {
 		o, exists := held[keyName{callerNames[k.caller], k.value()}]
@@ -221,6 +202,32 @@ func (v *verdict) judgeOrders(e *evidence) {
 	for key, o := range held {
 		v.add(claimOne, "order %s is held by the key %v, which nobody sent", o.id, key)
 	}
+}
+
+// judgeHeld looks whether the orders and keys there are belong together, and returns the orders by their keys.
+func (v *verdict) judgeHeld(orders []dbOrder) map[keyName]dbOrder {
+	held, seen := map[keyName]dbOrder{}, map[uuid.UUID]keyName{}
+	for _, o := range orders {
+		key := keyName{o.caller, o.key}
+		switch {
+		case o.caller == "":
+			v.add(claimOne, "order %s of user %s has no key", o.id, o.userID)
+			continue
+		case o.owner == "":
+			v.add(claimKept, "the key %s of %s holds order %s, which does not exist", o.key, o.caller, o.id)
+			continue
+		case o.owner != o.caller:
+			v.add(claimPrivate, "order %s is %s's, and its key %s's", o.id, o.owner, o.caller)
+		}
+		if other, twice := seen[o.id]; twice {
+			v.add(claimPrivate, "order %s is held by the keys %v and %v", o.id, other, key)
+		}
+		if other, twice := held[key]; twice {
+			v.add(claimOne, "the key %s of %s holds the orders %s and %s", o.key, o.caller, other.id, o.id)
+		}
+		seen[o.id], held[key] = key, o
+	}
+	return held
 }
 
 // judgeMails looks for the mail of each order, and for more than one.

@@ -7,7 +7,6 @@ import (
 	"html/template"
 	"io"
 	"maps"
-	"math/rand/v2"
 	"os"
 	"slices"
 	"strings"
@@ -18,8 +17,6 @@ import (
 var pageText string
 
 var page = template.Must(template.New("report").Parse(pageText))
-
-func newRand(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 3)) }
 
 // result is all there is to report.
 type result struct {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os/exec"
 	"strings"
 	"sync"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
 
 	"idempotent-orders/internal/testbed"
 )
@@ -107,24 +109,19 @@ func (c *crowd) tell(ctx context.Context, progress io.Writer) {
 
 // again sends acknowledged keys once more.
 func (c *crowd) again(ctx context.Context, most int) {
-	keys := make(chan *keyLog)
-	var all sync.WaitGroup
-	for range 8 {
-		r := newRand(uint64(most))
-		all.Go(func() {
-			for k := range keys {
-				_, body, _ := k.acknowledged()
-				c.post(ctx, r, k, body, r.IntN(len(c.urls)), callTimeout)
-			}
-		})
-	}
+	var all errgroup.Group
+	all.SetLimit(8)
 	for i, every := 0, max(1, len(c.history.keys)/most); i < len(c.history.keys); i += every {
-		if _, _, ok := c.history.keys[i].acknowledged(); ok {
-			keys <- c.history.keys[i]
+		k := c.history.keys[i]
+		if _, body, ok := k.acknowledged(); ok {
+			all.Go(func() error {
+				r := rand.New(rand.NewPCG(uint64(i), 3))
+				c.post(ctx, r, k, body, r.IntN(len(c.urls)), callTimeout)
+				return nil
+			})
 		}
 	}
-	close(keys)
-	all.Wait()
+	_ = all.Wait()
 }
 
 // quiet waits until every event is published and finished, and returns how long that took, and what was left if it did not.
