@@ -110,8 +110,7 @@ func parseEvents(args []string) (o eventsOptions, err error) {
 		o.action = "dead requeue"
 	}
 	options, known := eventsOptionsOf[o.action]
-	flags := flag.NewFlagSet("events", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+	flags := command.Flags()
 	flags.Func("id", "", func(text string) error {
 		var id uuid.UUID
 		err := idInto(&id)(text)
@@ -144,14 +143,12 @@ func parseEvents(args []string) (o eventsOptions, err error) {
 		return o, fmt.Errorf("%q is not an option", flags.Arg(0))
 	}
 	o.span.Order, o.span.Type = o.filter.Order, o.filter.Type
-	return o, o.check(options, flags)
+	return o, o.check(options, command.Given(flags))
 }
 
-// check says what is wrong with the options, which were given as flags.
-func (o eventsOptions) check(options string, flags *flag.FlagSet) error {
+// check says what is wrong with the options, of which these were given.
+func (o eventsOptions) check(options string, given []string) error {
 	needed, allowed, _ := strings.Cut(options, "|")
-	var given []string
-	flags.Visit(func(f *flag.Flag) { given = append(given, f.Name) })
 	for _, name := range given {
 		if !slices.Contains(strings.Fields(needed+allowed), name) {
 			return fmt.Errorf("--%s is not an option of %s", name, o.action)

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"time"
 
+	"idempotent-orders/internal/command"
 	"idempotent-orders/internal/config"
 	"idempotent-orders/reconcile"
 	"idempotent-orders/worker"
@@ -48,8 +49,7 @@ type reconcileOptions struct {
 
 // parseReconcile reads the options; flag.ErrHelp asks for help.
 func parseReconcile(args []string) (o reconcileOptions, err error) {
-	flags := flag.NewFlagSet("reconcile", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+	flags := command.Flags()
 	flags.Func("from", "", momentInto(&o.from))
 	flags.Func("to", "", momentInto(&o.to))
 	flags.BoolVar(&o.allowDead, "allow-dead", false, "")

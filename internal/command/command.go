@@ -1,5 +1,5 @@
-// Package command is what the programs beside the service, bench, loadtest and storm, have in common: how they end, what they say
-// when they fail, and how they read a command line.
+// Package command is what the project's commands have in common: how bench, loadtest and storm end, what they say when they fail, and
+// how all read a command line.
 package command
 
 import (
@@ -17,7 +17,7 @@ import (
 // ErrUsage: the command line was wrong.
 var ErrUsage = errors.New("wrong usage")
 
-// Program is one of them.
+// Program is a command that is a program of its own.
 type Program struct {
 	Name string
 	Help func() string
