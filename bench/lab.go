@@ -166,7 +166,7 @@ func (l *lab) fresh(ctx context.Context, name string) (*process, error) {
 }
 
 // start starts a contender on a database and waits until it answers. Its parts without HTTP are not waited for.
-func (l *lab) start(ctx context.Context, name, database string) (*process, error) {
+func (l *lab) start(ctx context.Context, name, database string, env ...string) (*process, error) {
 	port, err := freePort()
 	if err != nil {
 		return nil, err
@@ -182,6 +182,7 @@ func (l *lab) start(ctx context.Context, name, database string) (*process, error
 	}
 	p.cmd.Env = testbed.Env("DATABASE_URL="+l.postgres.URL(database), "REDIS_ADDR="+l.redis.Addr(), "PORT="+port,
 		"EMAIL_SENDER=discard", "LOG_LEVEL=warn")
+	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.Stdout, p.cmd.Stderr = p.said, p.said
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
 	p.cmd.WaitDelay = 15 * time.Second

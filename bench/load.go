@@ -34,6 +34,7 @@ type load struct {
 	Workers     int    // open loop: how many requests may be under way; 0: 1024
 	Seconds     int    // for how long it is measured
 	Key         string // empty: a fresh one for each request
+	Token       string // empty: no API key
 	Body        string
 }
 
@@ -124,8 +125,12 @@ end
 }
 
 func rawRequest(o load, key string) string {
-	return fmt.Sprintf("POST /orders HTTP/1.1\r\nHost: %s\r\nIdempotency-Key: %s\r\nContent-Type: application/json\r\n"+
-		"Content-Length: %d\r\n\r\n%s", o.Addr, key, len(o.Body), o.Body)
+	authorization := ""
+	if o.Token != "" {
+		authorization = "Authorization: Bearer " + o.Token + "\r\n"
+	}
+	return fmt.Sprintf("POST /orders HTTP/1.1\r\nHost: %s\r\nIdempotency-Key: %s\r\nContent-Type: application/json\r\n%s"+
+		"Content-Length: %d\r\n\r\n%s", o.Addr, key, authorization, len(o.Body), o.Body)
 }
 
 func exchange(conn io.Writer, reader *bufio.Reader, request string) (status int, err error) {
@@ -151,6 +156,9 @@ func send(o load) answers {
 	target := func(t *vegeta.Target) error {
 		t.Method, t.URL, t.Body = http.MethodPost, "http://"+o.Addr+"/orders", []byte(o.Body)
 		t.Header = http.Header{"Idempotency-Key": {cmp.Or(o.Key, key(n.Add(1)))}, "Content-Type": {"application/json"}}
+		if o.Token != "" {
+			t.Header.Set("Authorization", "Bearer "+o.Token)
+		}
 		return nil
 	}
 	workers, warmUp := cmp.Or(o.Workers, 1024), openWarmUp

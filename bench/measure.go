@@ -49,6 +49,9 @@ const (
 	nameOpenOwn    = "open loop, naive at half of its own peak"
 	nameNoSweep    = "open loop at 1,000/s beside a worker with nothing to sweep"
 	nameSweep      = "open loop at 1,000/s beside a worker that sweeps everything"
+	nameAlone      = "open loop at 200/s of one caller, alone"
+	nameFlooded    = "open loop at 200/s of one caller, beside another that floods"
+	nameOverload   = "overload, 4,000 connections"
 	nameEndToEnd   = "end to end"
 	nameIdle       = "idle"
 	nameFull       = "intake into 5,000,000 orders, 256 connections"
@@ -147,12 +150,17 @@ func (l *lab) measurements() []measurement {
 			take: func(ctx context.Context) (sample, error) { return l.besideSweep(ctx, old) }})
 	}
 	all = append(all,
-		measurement{group: "overload", name: "overload, open loop", unit: unitOrders, ours: true, once: true, take: l.overload,
+		measurement{group: "overload", name: "overload, open loop", unit: unitOrders, once: true, take: l.overload,
 			settings: fmt.Sprintf("vegeta, %d times the peak, at most %d under way, %d s after 1 s of warm-up, fresh keys", overloadFactor, overloadWorkers, overloadSeconds)},
-		measurement{group: "overload", name: "overload, " + plural(overloadMany, "connection"), unit: unitOrders, ours: true, once: true,
+		measurement{group: "overload", name: nameOverload, unit: unitOrders, once: true,
 			take: l.overloadClosed, settings: fmt.Sprintf("%d connections for %d s, each sends again at once, fresh keys", overloadMany, overloadSeconds)},
-		measurement{group: "overload", name: "intake beside 10,000 idle connections", unit: unitOrders, ours: true, once: true,
+		measurement{group: "overload", name: "intake beside 10,000 idle connections", unit: unitOrders, once: true,
 			take: l.idleConnections, settings: l.loadSettings(clientsSome) + ", fresh keys"})
+	for _, flooded := range []bool{false, true} {
+		all = append(all, measurement{group: "flood", name: map[bool]string{false: nameAlone, true: nameFlooded}[flooded], unit: unitOrders, ours: true,
+			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys, RATE_LIMIT=%d/s; the flood: %d connections, each sends again at once", behavedSeconds, callerRate, floodConns),
+			take:     func(ctx context.Context) (sample, error) { return l.besideFlood(ctx, flooded) }})
+	}
 	for _, events := range []int{drained, drainedLong} {
 		drain(events, false)
 		drain(events, true)

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -17,6 +18,10 @@ const (
 	overloadWorkers = 8000 // requests under way from the generator
 	overloadMany    = 4000 // connections that send again at once
 	idleConns       = 10_000
+	floodConns      = 256
+	callerRate      = 1000 // requests a second that each caller may send
+	behavedRate     = 200  // and that one sends who behaves
+	behavedSeconds  = 20
 	recoveryLimit   = 30 * time.Second
 )
 
@@ -97,6 +102,39 @@ func (l *lab) recovers(ctx context.Context, p *process, normal float64) (time.Du
 		}
 	}
 	return time.Since(start), nil
+}
+
+// besideFlood has one caller send 200 orders a second, alone or while another sends as much as it can and gets no more than its rate.
+func (l *lab) besideFlood(ctx context.Context, flooded bool) (sample, error) {
+	if err := l.reset(ctx); err != nil {
+		return sample{}, err
+	}
+	hash := func(token string) string { return fmt.Sprintf("%s=%x", token, sha256.Sum256([]byte(token))) }
+	p, err := l.start(ctx, server, database, "API_KEYS="+hash("behaves")+","+hash("floods"), fmt.Sprintf("RATE_LIMIT=%d/s", callerRate))
+	if err != nil {
+		return sample{}, err
+	}
+	defer p.stop()
+	var flood answers
+	group, _ := errgroup.WithContext(ctx)
+	if flooded {
+		group.Go(func() (err error) {
+			flood, err = l.closed(ctx, load{Addr: p.addr, Connections: floodConns, Seconds: behavedSeconds + 2, Body: body, Token: "floods"})
+			return err
+		})
+	}
+	watched := l.watch(p)
+	a, err := l.open(ctx, load{Addr: p.addr, Rate: behavedRate, Seconds: behavedSeconds, Body: body, Token: "behaves"})
+	if err := errors.Join(err, group.Wait()); err != nil {
+		return sample{}, err
+	}
+	s := sampleOf(a)
+	s.used = watched()
+	if flooded {
+		seconds := flood.Micros / 1e6
+		s.note = fmt.Sprintf("the other got %.0f orders/s and %.0f refusals/s", float64(flood.Requests-flood.Refused)/seconds, float64(flood.Refused)/seconds)
+	}
+	return s, nil
 }
 
 // idleConnections opens many connections, has each ask once, and then places orders over others while they are idle.

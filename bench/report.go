@@ -140,7 +140,13 @@ var goals = []goal{
 	{"p99 of the intake beside a sweep ÷ without", 1.1, true, func(r *round) float64 {
 		return r.sample(nameSweep).p99 / r.sample(nameNoSweep).p99
 	}},
-	{"memory of the program at its peak, in any line below, MB", 150, true, func(r *round) float64 {
+	{"orders/s while 4,000 connections send again at once ÷ intake", 0.9, false, func(r *round) float64 {
+		return r.rate(nameOverload) / r.rate(r.bestOf(server))
+	}},
+	{"p99 of one caller beside another that floods ÷ alone", 1.1, true, func(r *round) float64 {
+		return r.sample(nameFlooded).p99 / r.sample(nameAlone).p99
+	}},
+	{"memory of the program at its peak, in any line below but overload and idle connections, MB", 150, true, func(r *round) float64 {
 		peak := int64(0)
 		for _, l := range r.lines {
 			if l.ours && l.samples[r.number] != nil {
