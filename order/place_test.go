@@ -1,13 +1,10 @@
 package order
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
-	"net/url"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -118,10 +115,14 @@ func TestALoserReplaysTheWinner(t *testing.T) {
 	}
 	again, err := store.Place(send("k", 1))
 	if err != nil || again.OrderID != first.OrderID || again.ExpiresAt != first.ExpiresAt || !again.Replayed {
-		t.Errorf("the second send got %+v, %v", again, err)
+		t.Errorf("sent again, the key got %+v, %v; want a replay of %+v", again, err, first)
 	}
-	if _, err := store.Place(send("k", 2)); !errors.Is(err, idempotency.ErrMismatch) {
-		t.Errorf("another amount got %v; want ErrMismatch", err)
+	switch got, err := store.Place(send("k", 2)); {
+	case errors.Is(err, idempotency.ErrMismatch):
+	case err == nil && got.OrderID == first.OrderID:
+		t.Error("another amount under the key got a replay of the first order; want ErrMismatch")
+	default:
+		t.Errorf("another amount under the key got %+v, %v; want ErrMismatch", got, err)
 	}
 	if commits != 1 {
 		t.Errorf("the relay was told %d times; want once", commits)
@@ -132,11 +133,11 @@ func TestALoserReplaysTheWinner(t *testing.T) {
 	if err != nil || found != again {
 		t.Errorf("Find got %+v, %v; want %+v", found, err, again)
 	}
-	if _, err := store.Find(send("k", 2)); !errors.Is(err, idempotency.ErrMismatch) {
-		t.Errorf("Find of another amount got %v", err)
+	if got, err := store.Find(send("k", 2)); !errors.Is(err, idempotency.ErrMismatch) {
+		t.Errorf("Find of another amount got %+v, %v; want ErrMismatch", got, err)
 	}
-	if _, err := store.Find(send("other", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
-		t.Errorf("Find of another key got %v", err)
+	if got, err := store.Find(send("other", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
+		t.Errorf("Find of another key got %+v, %v; want ErrNotCommitted", got, err)
 	}
 }
 
@@ -419,27 +420,30 @@ func TestALostCommitIsLookedUp(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name      string
-		cut       cut
+		cut       testenv.Cut
 		err       error
 		committed int
 	}{
-		{"it arrived, so the order is there", afterCommit, nil, 1},
-		{"it did not arrive, so nobody knows", beforeCommit, idempotency.ErrOutcomeUnknown, 0},
-		{"it arrived, but nothing can be asked any more", afterCommitForGood, idempotency.ErrOutcomeUnknown, 1},
+		{"it arrived, so the order is there", testenv.AfterCommit, nil, 1},
+		{"it did not arrive, so nobody knows", testenv.BeforeCommit, idempotency.ErrOutcomeUnknown, 0},
+		{"it arrived, but nothing can be asked any more", testenv.AfterCommitForGood, idempotency.ErrOutcomeUnknown, 1},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			address := testenv.DatabaseURL(t)
 			direct := testenv.Pool(t, address)
-			proxied := testenv.Pool(t, cutLine(t, address, test.cut))
+			proxied := testenv.Pool(t, testenv.CutLine(t, address, test.cut))
 			commits := 0
 			store := NewStore(proxied, time.Hour, func() { commits++ })
 
 			placed, err := store.Place(send("k", 1))
-			if !errors.Is(err, test.err) || err == nil && placed.Replayed {
+			count(t, direct, test.committed)
+			switch {
+			case test.err == nil && err != nil:
+				t.Fatalf("the order was committed, and Place returned %v", err)
+			case !errors.Is(err, test.err) || err == nil && placed.Replayed:
 				t.Fatalf("got %+v, %v; want error %v", placed, err, test.err)
 			}
-			count(t, direct, test.committed)
 			if err == nil && commits != 1 {
 				t.Errorf("the relay was told %d times; want once", commits)
 			}
@@ -462,95 +466,4 @@ func count(t *testing.T, pool *pgxpool.Pool, n int) {
 			t.Errorf("%s has %d rows, %v; want %d", table, rows, err, n)
 		}
 	}
-}
-
-// cut is where a line is cut, once.
-type cut int
-
-const (
-	beforeCommit       cut = iota // the statement is not passed on
-	afterCommit                   // it is passed on, and executed, which commits it; its reply is not
-	afterCommitForGood            // likewise, and nobody can connect any more
-)
-
-// cutLine returns the address of a proxy before the database that cuts the first connection that places orders.
-func cutLine(t *testing.T, address string, where cut) string {
-	u, err := url.Parse(address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { listener.Close() })
-	backend := u.Host
-	var once sync.Once
-	go func() {
-		for {
-			client, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			server, err := net.Dial("tcp", backend)
-			if err != nil {
-				client.Close()
-				return
-			}
-			replies := make(chan []byte, 1000)
-			go func() { // what the database says
-				defer close(replies)
-				buf := make([]byte, 64<<10)
-				for {
-					n, err := server.Read(buf)
-					if err != nil {
-						return
-					}
-					replies <- bytes.Clone(buf[:n])
-				}
-			}()
-			var cutting atomic.Bool
-			go func() { // to the client
-				defer client.Close()
-				for reply := range replies {
-					if cutting.Load() { // the reply: it was executed
-						server.Close()
-						return
-					}
-					if _, err := client.Write(reply); err != nil {
-						return
-					}
-				}
-			}()
-			go func() { // to the database
-				defer server.Close()
-				buf := make([]byte, 64<<10)
-				for {
-					n, err := client.Read(buf)
-					if err != nil {
-						return
-					}
-					if bytes.Contains(buf[:n], []byte("order.created.v1")) { // an argument
-						mine := false
-						once.Do(func() { mine = true })
-						if mine && where == afterCommitForGood {
-							listener.Close()
-						}
-						if mine && where == beforeCommit {
-							client.Close()
-							return
-						}
-						if mine {
-							cutting.Store(true)
-						}
-					}
-					if _, err := server.Write(buf[:n]); err != nil {
-						return
-					}
-				}
-			}()
-		}
-	}()
-	u.Host = listener.Addr().String()
-	return u.String()
 }
