@@ -137,7 +137,7 @@ func (b *bench) settled(orders []uuid.UUID) {
 		b.t.Errorf("%d events are sent in the inbox; want %d", n, len(orders))
 	}
 	if got, want := b.mails.orders(), slices.Clone(orders); !sameSet(got, want) {
-		b.t.Errorf("mails were sent for %d orders %v; want one for each of %d", len(got), got, len(want))
+		b.t.Errorf("%d mails were sent for %d orders, to these: %v", len(got), len(want), got)
 	}
 	pending, err := b.redis.XPending(b.t.Context(), broker.Stream, EmailConsumer).Result()
 	if err != nil || pending.Count != 0 {
