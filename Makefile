@@ -5,6 +5,7 @@ TOOL = CGO_ENABLED=0 go tool -modfile=tools/go.mod
 PACKAGES = $$(go list ./... | grep -v /gen/)
 FILES = $$(find . -path ./gen -prune -o -name '*.go' -print)
 FUZZTIME = 30s
+CRASHES ?= 20
 
 .PHONY: help
 help: ## show this
@@ -83,6 +84,14 @@ bench: ## measure everything against pgbench and a naive server, and write docs/
 .PHONY: storm
 storm: test-servers ## break everything for a minute while clients send orders, and judge; STORM="--duration 30m --seed 7"
 	go run ./storm $(STORM)
+
+.PHONY: crash-points
+crash-points: test-servers ## let a process die at each step, CRASHES times (20), and show what came of it; long
+	CRASHES=$(CRASHES) go test -count=1 -v -timeout=6h -run='^TestAProcessMayDieAtAnyPoint$$' ./internal/fault
+
+.PHONY: removals
+removals: test-servers ## take each safety device away, and show which test misses it
+	go test -count=1 -v -run='^TestEachDeviceThatIsRemovedIsMissed$$' ./internal/fault
 
 .PHONY: clean
 clean: ## remove what was built, and cached test results

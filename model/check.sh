@@ -58,7 +58,7 @@ check claim clean -DFAULTS=0 -DREMOVE_HORIZON -DLEFT_BEHIND # until the look bel
 check claim cycle -DFAULTS=0 -DSTRANGER -DREMOVE_LOOK
 
 check redrive clean
-check redrive clean -DFAULTS=0 -DFORGETS=1
+check redrive clean -DFAULTS=1 -DFORGETS=1
 check redrive clean -DFAULTS=0 -DFORGETS=1 -DOLD_DUMP
 check redrive 'published|finished' -DREMOVE_NOTE_FIRST
 check redrive 'published|finished' -DREMOVE_NOMKSTREAM

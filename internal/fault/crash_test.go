@@ -106,6 +106,7 @@ type crash struct {
 	before   []string   // keys that were sent before, and are sent again to the process that dies
 	parked   string     // an order that is parked
 	all      []*process // every one there was
+	died     bool
 	survived bool
 	orders   int
 	ackedBy  int // how many were acknowledged before the death
@@ -144,6 +145,7 @@ func (c *crash) play(t *testing.T) {
 	processes, dying := c.startAll()
 	c.sendUntil(serverOf(processes), dying)
 	dying.died(string(c.point))
+	c.died = true
 	marked := c.markedWhenDead()
 	c.ackedBy = len(keys(&c.acked))
 	c.afterwards()
@@ -267,14 +269,17 @@ func cover(t *testing.T, cases []*crash) {
 	fmt.Fprintf(&table, "\n%-18s %-9s %6s %9s %7s %12s %11s\n", "point", "process", "deaths", "survived", "orders", "acknowledged", "mailed twice")
 	for _, point := range fault.Points() {
 		for _, part := range []string{partOf(point), ""} {
-			var survived, orders, acked, twice int
+			var deaths, survived, orders, acked, twice int
 			for _, c := range lines[key{point, part}] {
-				if c.survived {
+				if c.died {
+					deaths++
+				}
+				if c.died && c.survived {
 					survived++
 				}
 				orders, acked, twice = orders+c.orders, acked+c.ackedBy, twice+c.twice
 			}
-			fmt.Fprintf(&table, "%-18s %-9s %6d %9d %7d %12d %11d\n", point, cmp.Or(part, "all"), len(lines[key{point, part}]), survived, orders, acked, twice)
+			fmt.Fprintf(&table, "%-18s %-9s %6d %9d %7d %12d %11d\n", point, cmp.Or(part, "all"), deaths, survived, orders, acked, twice)
 		}
 	}
 	t.Log(table.String())
