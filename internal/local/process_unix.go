@@ -3,6 +3,7 @@
 package local
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,6 +12,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -74,17 +76,34 @@ func (a *account) runs(cmd *exec.Cmd) {
 	}
 }
 
-// owns gives a file or folder, with all that is in it, to the account.
+// owns gives a file or folder of root's, with all that is in it, to the account. What is in a folder goes first: as soon as the
+// account has the folder it can put links there, and would be given what they lead to. For the same reason a folder that is the
+// account's already is left alone.
 func (a *account) owns(path string) error {
 	if a == nil {
 		return nil
 	}
-	return filepath.WalkDir(path, func(path string, _ fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		return os.Lchown(path, int(a.uid), int(a.gid))
+	info, err := os.Lstat(path)
+	if err != nil {
+		return err
+	}
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Uid == a.uid {
+		return nil
+	}
+	root, err := os.OpenRoot(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	var all []string
+	err = fs.WalkDir(root.FS(), filepath.Base(path), func(name string, _ fs.DirEntry, err error) error {
+		all = append(all, name)
+		return err
 	})
+	for _, name := range slices.Backward(all) {
+		err = cmp.Or(err, root.Lchown(name, int(a.uid), int(a.gid)))
+	}
+	return err
 }
 
 // barrier returns the first folder on the way to path that the account cannot enter, or "".
@@ -126,7 +145,7 @@ func commandLine(pid int) (line string, ok bool) {
 		line = strings.TrimSpace(strings.ReplaceAll(string(text), "\x00", " "))
 		return line, err == nil && line != ""
 	}
-	text, err := exec.Command("ps", "-ww", "-o", "stat=", "-o", "command=", "-p", strconv.Itoa(pid)).Output()
+	text, err := exec.Command("ps", "-ww", "-o", "stat=", "-o", "command=", "-p", strconv.Itoa(pid)).Output() // #nosec G204 -- a number
 	state, line, _ := strings.Cut(strings.TrimSpace(string(text)), " ")
 	line = strings.TrimSpace(line)
 	return line, err == nil && line != "" && !strings.HasPrefix(state, "Z")
