@@ -16,6 +16,9 @@ type APIKey struct {
 // callerName is what a caller may be called: the name stands in tables and, with its keys and orders, for ever.
 var callerName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
+// anonymous is the caller of every request while there are no keys (package server).
+const anonymous = "anonymous"
+
 // apiKeys reads name=hash,name=hash. A mistake says which entry is wrong, and not what it holds: it could be the token.
 func (r *reader) apiKeys(name string) []APIKey {
 	if r.getenv(name) == "" {
@@ -33,6 +36,8 @@ func (r *reader) apiKeys(name string) []APIKey {
 			r.mistake(name, "has no name in entry %d; an entry is name=sha256-hex", i)
 		case !callerName.MatchString(caller):
 			r.mistake(name, "has a bad name in entry %d; a name is 1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-', the first a letter or a digit", i)
+		case caller == anonymous:
+			r.mistake(name, "has the name anonymous in entry %d, which would have the orders that were placed without a key; take another name", i)
 		case err != nil || n != sha256.Size || len(hash) != 2*sha256.Size:
 			r.mistake(name, "has no hash in entry %d; it must be the SHA-256 of the token, in 64 hexadecimal digits", i)
 		case key.Hash == sha256.Sum256(nil):

@@ -11,8 +11,8 @@ import (
 func hashOf(token string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(token))) }
 
 func TestAPIKeysAreNamesAndHashes(t *testing.T) {
-	c, err := read(map[string]string{"API_KEYS": "shop=" + hashOf("a") + " , back-office.2_B=" + strings.ToUpper(hashOf("b"))})
-	want := []APIKey{{"shop", sha256.Sum256([]byte("a"))}, {"back-office.2_B", sha256.Sum256([]byte("b"))}}
+	c, err := read(map[string]string{"API_KEYS": "shop=" + hashOf("a") + " , Anonymous=" + hashOf("c") + ", back-office.2_B=" + strings.ToUpper(hashOf("b"))})
+	want := []APIKey{{"shop", sha256.Sum256([]byte("a"))}, {"Anonymous", sha256.Sum256([]byte("c"))}, {"back-office.2_B", sha256.Sum256([]byte("b"))}}
 	if err != nil || !slices.Equal(c.APIKeys, want) {
 		t.Errorf("read %v, %v", c.APIKeys, err)
 	}
@@ -34,6 +34,7 @@ func TestEachMistakeInAPIKeysIsNamedAndNoneIsShown(t *testing.T) {
 		strings.Repeat("canary", 11) + "=" + a: "bad name in entry 1",
 		"shop=" + a + ",shop=" + b:             "same name in entries 1 and 2",
 		"shop=" + a + ",b=" + b + ",c=" + a:    "same hash in entries 1 and 3",
+		"shop=" + a + ",anonymous=" + b:        "name anonymous in entry 2, which would have the orders that were placed without a key; take another name",
 		"shop=" + hashOf(""):                   "hash of an empty token in entry 1",
 	} {
 		_, err := read(map[string]string{"API_KEYS": keys})

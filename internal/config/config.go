@@ -20,7 +20,7 @@ import (
 
 // Where the stores are when nothing is set.
 const (
-	DefaultDatabaseURL = "postgres://postgres:postgres@localhost:5432/outbox_db"
+	DefaultDatabaseURL = "postgres://postgres:postgres@localhost:5432/outbox_db" // #nosec G101 -- of a server for development, and known to all
 	DefaultDatabase    = "outbox_db"
 	DefaultRedisAddr   = "localhost:6379"
 )
@@ -76,7 +76,7 @@ type Config struct {
 	RedisSet      bool // as DatabaseSet
 
 	Port                 int           // 0: any
-	APIKeys              []APIKey      // none: everyone is the caller "anonymous"
+	APIKeys              []APIKey      // none: everyone is the caller "anonymous", as which no key has its name
 	RateRequests         int           // that each caller may send in RatePeriod; 0: any
 	RatePeriod           time.Duration //
 	OpsAddr              string        // host:port; empty: none
