@@ -171,7 +171,7 @@ func (b *RedisPubSub) Subscribe(ctx context.Context) (*RedisListener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen to channel %s: %w", Channel, err)
 	}
-	go l.run(line)
+	go l.run(line) // #nosec G118 -- it listens for as long as the client is there, not for as long as the call
 	return l, nil
 }
 

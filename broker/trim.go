@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"fmt"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -98,7 +99,7 @@ func (b *RedisStreams) Oldest(ctx context.Context) (time.Time, error) {
 		return time.Time{}, nil
 	}
 	id, err := parseEntryID(entries[0].ID)
-	return time.UnixMilli(int64(id.ms)), err
+	return time.UnixMilli(int64(min(id.ms, math.MaxInt64))), err
 }
 
 // entryID is the id of an entry: milliseconds, and a number among those of the same.

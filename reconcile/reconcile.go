@@ -176,7 +176,7 @@ func lowestID(t time.Time, open uuid.UUID) uuid.UUID {
 	var id uuid.UUID
 	ms := max(t.UnixMilli(), 0)
 	for i := range 6 {
-		id[i] = byte(ms >> (8 * (5 - i)))
+		id[i] = byte(ms >> (8 * (5 - i)) & 0xff)
 	}
 	return id
 }

@@ -167,5 +167,5 @@ func (r *Relay) retry(ctx context.Context, q *db.Queries, done *round) error {
 
 // retryDelay returns how long an event waits that was refused so many times.
 func retryDelay(attempts int32) time.Duration {
-	return rand.N(min(retryLeast<<min(attempts, 20), retryMost)) + time.Millisecond
+	return rand.N(min(retryLeast<<min(attempts, 20), retryMost)) + time.Millisecond // #nosec G404 -- jitter is no secret
 }

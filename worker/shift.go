@@ -424,7 +424,7 @@ func (s *shift) hold(t *task, delay time.Duration) {
 }
 
 // jitter returns a random time from half of d to d, so that tasks and processes do not move in step.
-func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }
+func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) } // #nosec G404 -- jitter is no secret
 
 // forgive lets the broker forget that a task's receivers died: its mail has been tried, and nobody died of it.
 func (s *shift) forgive(t *task) {

@@ -248,10 +248,10 @@ func (c *conversation) send(ctx context.Context, msg *mail.Msg) error {
 // say does a part of the conversation, and ends the conversation with ctx, which go-mail does not watch, and after an error:
 // go-mail's QUIT would complete a mail that was cut off in the middle of its text.
 func (c *conversation) say(ctx context.Context, part func() error) error {
-	defer context.AfterFunc(ctx, func() { c.raw.Close() })()
+	defer context.AfterFunc(ctx, func() { _ = c.raw.Close() })()
 	err := part()
 	if err != nil {
-		c.raw.Close()
+		_ = c.raw.Close()
 	}
 	return err
 }
@@ -260,5 +260,5 @@ func (c *conversation) say(ctx context.Context, part func() error) error {
 func (c *conversation) quit() {
 	_ = c.raw.SetDeadline(time.Now().Add(noopTimeout))
 	_ = c.client.Close()
-	c.raw.Close()
+	_ = c.raw.Close()
 }

@@ -54,7 +54,7 @@ func (b *backoff) reset() { b.next = 0 }
 // wait waits for the next, longer while, or until ctx is done or woken is ready. It tells whether ctx is still good.
 func (b *backoff) wait(ctx context.Context, woken <-chan struct{}) bool {
 	b.next = min(max(2*b.next, b.least), b.most)
-	timer := time.NewTimer(b.next/2 + rand.N(b.next/2+1))
+	timer := time.NewTimer(b.next/2 + rand.N(b.next/2+1)) // #nosec G404 -- jitter is no secret
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():

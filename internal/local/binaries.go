@@ -85,7 +85,7 @@ func inspect(ctx context.Context, bin string) (installation, bool) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	text, err := exec.CommandContext(ctx, filepath.Join(bin, "postgres"), "--version").Output()
+	text, err := exec.CommandContext(ctx, filepath.Join(bin, "postgres"), "--version").Output() // #nosec G204 -- from the PATH of who runs us, or where systems put it
 	version := postgresVersion.FindSubmatch(text)
 	if err != nil || version == nil {
 		return installation{}, false
@@ -166,7 +166,7 @@ func download(ctx context.Context, into string, owner *account, log *slog.Logger
 		RuntimePath(filepath.Join(partial, "runtime")).
 		BinariesPath(unpacked).
 		DataPath(filepath.Join(file, "data")).
-		Port(uint32(port)).
+		Port(uint32(port)). // #nosec G115 -- a port
 		Logger(io.Discard))
 
 	result := make(chan error, 1)
