@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -201,3 +202,71 @@ func TestAConnectionWithoutARequestDoesNotHoldTheServerUp(t *testing.T) {
 
 // serverLog returns the log that the API's own server writes to; that server must be idle.
 func serverLog(api *testAPI) *slog.Logger { return slog.New(slog.NewTextHandler(api.log, nil)) }
+
+// Redis is empty before and after, key by key and command by command: not even a look-up is paid for what is no request.
+func TestWhatIsRefusedWritesNothing(t *testing.T) {
+	t.Parallel()
+	plain := newAPI(t)
+	api := plain.twoCallers()
+	before := written(t, api)
+	for name, send := range map[string]struct {
+		header http.Header
+		body   string
+		status int
+	}{
+		"no key":              {http.Header{"Authorization": {asAlice}}, "", 400},
+		"an empty key":        {headers("", "", "Authorization", asAlice), "", 400},
+		"a key too long":      {headers(strings.Repeat("k", 256), "", "Authorization", asAlice), "", 400},
+		"a key with a space":  {headers("a b", "", "Authorization", asAlice), "", 400},
+		"two keys":            {headers("a", "", "Authorization", asAlice, "Idempotency-Key", "b"), "", 400},
+		"an unclosed key":     {headers(`"a`, "", "Authorization", asAlice), "", 400},
+		"no JSON":             {headers("k", "{", "Authorization", asAlice), "{", 400},
+		"an unknown member":   {headers("k", "{", "Authorization", asAlice), `{"price":1}`, 400},
+		"a repeated member":   {headers("k", "{", "Authorization", asAlice), `{"amount":1,"amount":1}`, 400},
+		"too little":          {headers("k", "{", "Authorization", asAlice), `{"amount":0}`, 400},
+		"a user without name": {headers("k", "{", "Authorization", asAlice), `{"user_id":""}`, 400},
+		"text":                {headers("k", "", "Authorization", asAlice, "Content-Type", "text/plain"), "{}", 415},
+		"too large":           {headers("k", "{", "Authorization", asAlice), strings.Repeat(" ", maxBody+1), 413},
+		"no API key":          {headers("k", ""), "", 401},
+		"an unknown API key":  {headers("k", "{", "Authorization", "Bearer token-of-carol"), `{"amount":1}`, 401},
+	} {
+		if got := api.do("POST", "/orders", send.header, strings.NewReader(send.body)); got.status != send.status {
+			t.Errorf("%s: %d %s; want %d", name, got.status, got.body, send.status)
+		}
+		if after := written(t, api); after != before {
+			t.Errorf("%s: the stores have\n%s\nbefore:\n%s", name, after, before)
+		}
+	}
+	api.place("k", "", "Authorization", asAlice).placed(t)
+	if written(t, api) == before {
+		t.Error("an order is not seen either")
+	}
+}
+
+// written returns all that is in Redis, how often commands were called there but those that ask, and how many rows each table has.
+func written(t *testing.T, api *testAPI) string {
+	t.Helper()
+	keys, err := api.redis.Keys(t.Context(), "*").Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stats, err := api.redis.Info(t.Context(), "commandstats").Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var scripts []string
+	for line := range strings.Lines(stats) {
+		if name, _, _ := strings.Cut(line, ","); strings.HasPrefix(line, "cmdstat_eval") || strings.HasPrefix(line, "cmdstat_set") {
+			scripts = append(scripts, name)
+		}
+	}
+	slices.Sort(scripts)
+	var rows string
+	err = api.pool.QueryRow(t.Context(), `SELECT string_agg(format('%s %s', relname, xpath('/row/n/text()',
+			query_to_xml(format('SELECT count(*) AS n FROM %I', relname), false, true, ''))), ', ' ORDER BY relname)
+		FROM pg_class WHERE relkind IN ('r', 'p') AND relnamespace = 'public'::regnamespace`).Scan(&rows)
+	if err != nil || !strings.Contains(rows, "idempotency_keys {0}") && len(keys) == 0 {
+		t.Fatalf("the tables have %q, %v", rows, err)
+	}
+	return fmt.Sprintf("%q\n%q\n%s", keys, scripts, rows)
+}
