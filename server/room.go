@@ -50,7 +50,8 @@ func (r *room) leave(caller string) {
 	r.of(caller).Add(-1)
 }
 
-// of returns how many requests of a caller are under way. There are as many callers as API keys.
+// of returns how many requests of a caller are under way. There are as many callers as API keys, or the one that everyone is while
+// there are none: nothing that a client sends becomes a name here, so that the map needs not shrink.
 func (r *room) of(caller string) *atomic.Int64 {
 	if its, ok := r.callers.Load(caller); ok {
 		return its.(*atomic.Int64)
