@@ -203,7 +203,7 @@ func TestAConnectionWithoutARequestDoesNotHoldTheServerUp(t *testing.T) {
 // serverLog returns the log that the API's own server writes to; that server must be idle.
 func serverLog(api *testAPI) *slog.Logger { return slog.New(slog.NewTextHandler(api.log, nil)) }
 
-// Redis is empty before and after, key by key and command by command: not even a look-up is paid for what is no request.
+// The keys of Redis and the rows of every table are the same before and after, and no script and no SET has run.
 func TestWhatIsRefusedWritesNothing(t *testing.T) {
 	t.Parallel()
 	plain := newAPI(t)
