@@ -3,6 +3,7 @@ package worker
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -127,36 +128,42 @@ func (c *Consumer) read(ctx context.Context, deliveries []broker.Delivery) (task
 	tasks = make([]*task, 0, len(deliveries))
 	for _, d := range deliveries {
 		fault.EmailReceived.Reached()
-		noMail := d.Err == nil && d.Event.Type != string(api.OrderCreatedV1TypeOrderCreated)
-		mail, err := Email{EventID: d.Event.ID}, error(nil)
-		if !noMail {
-			mail, err = confirmation(d)
-		}
-		if err != nil {
-			c.log.ErrorContext(ctx, "An entry is not an event that can be confirmed, and is left in the stream", "entry", d.Tag, "error", err)
+		if d.Err != nil {
+			c.log.ErrorContext(ctx, "An entry is not an event, and is left in the stream", "entry", d.Tag, "error", d.Err)
 			done = append(done, d.Tag)
 			continue
 		}
-		t := &task{mail: mail, tags: []string{d.Tag}, deliveries: d.Deliveries, forced: forcedAt(d.Event), noMail: noMail}
-		if d.Deliveries > maxDeliveries {
-			t.reason = fmt.Sprintf("delivered %d times, and none of its receivers lived to finish it", d.Deliveries)
-		}
-		tasks = append(tasks, t)
+		tasks = append(tasks, taskOf(d))
 	}
 	return tasks, done
 }
 
-// confirmation returns the mail that an order.created.v1 event asks for.
-func confirmation(d broker.Delivery) (Email, error) {
-	if d.Err != nil {
-		return Email{}, d.Err
+// taskOf returns what is to be done for an event. One that cannot be read is dead from the beginning, in the inbox: what is not
+// finished there is kept, and published again.
+func taskOf(d broker.Delivery) *task {
+	t := &task{mail: Email{EventID: d.Event.ID}, tags: []string{d.Tag}, deliveries: d.Deliveries, forced: forcedAt(d.Event)}
+	if t.noMail = d.Event.Type != string(api.OrderCreatedV1TypeOrderCreated); !t.noMail {
+		var err error
+		if t.mail, err = confirmation(d.Event); err != nil {
+			t.reason = reasonOf(err)
+		}
 	}
+	if d.Deliveries > maxDeliveries {
+		t.reason = fmt.Sprintf("delivered %d times, and none of its receivers lived to finish it", d.Deliveries)
+	}
+	return t
+}
+
+// confirmation returns the mail that an order.created.v1 event asks for. Of one that cannot be read it returns what names it.
+func confirmation(e broker.Event) (Email, error) {
+	order, _ := uuid.Parse(e.Subject)
+	unread := Email{EventID: e.ID, OrderID: order}
 	var data api.OrderCreatedV1Data
-	if err := json.Unmarshal(d.Event.Data, &data); err != nil {
-		return Email{}, fmt.Errorf("read the data of event %s: %w", d.Event.ID, err)
+	if err := json.Unmarshal(e.Data, &data); err != nil {
+		return unread, fmt.Errorf("its data cannot be read: %w", err)
 	}
 	if data.OrderId == uuid.Nil || data.UserId == "" {
-		return Email{}, fmt.Errorf("the data of event %s names no order or no user", d.Event.ID)
+		return unread, errors.New("its data names no order or no user")
 	}
-	return Email{EventID: d.Event.ID, OrderID: data.OrderId, UserID: data.UserId, Amount: data.Amount}, nil
+	return Email{EventID: e.ID, OrderID: data.OrderId, UserID: data.UserId, Amount: data.Amount}, nil
 }
