@@ -86,7 +86,6 @@ type Counting interface {
 	// Release gives deliveries back as if they had not been made: another may receive them at once, and they do not count. It
 	// may not be called while Receive is.
 	Release(ctx context.Context, deliveries []Delivery) error
-	// Forgive makes deliveries count as the first ones: it is known that working on them does no harm. It may be called while
-	// another method is.
-	Forgive(ctx context.Context, tags []string) error
+	// Recount has deliveries count as often as they say: those since then were no deaths. It may be called while another method is.
+	Recount(ctx context.Context, deliveries []Delivery) error
 }

@@ -392,5 +392,5 @@ func (l *RedisListener) Release(_ context.Context, deliveries []Delivery) error 
 	return nil
 }
 
-// Forgive does nothing: deliveries are not counted.
-func (l *RedisListener) Forgive(context.Context, []string) error { return nil }
+// Recount does nothing: deliveries are not counted.
+func (l *RedisListener) Recount(context.Context, []Delivery) error { return nil }

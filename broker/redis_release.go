@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -13,36 +14,34 @@ func (s *RedisSubscription) Release(ctx context.Context, deliveries []Delivery) 
 	if len(deliveries) == 0 {
 		return nil
 	}
-	tags := map[int64][]string{} // by count
-	for _, d := range deliveries {
-		tags[d.Deliveries] = append(tags[d.Deliveries], d.Tag)
-	}
-	_, err := s.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
-		for count, tags := range tags {
-			p.Do(ctx, s.claim(tags, s.abandonedAfter, max(count-1, 0))...)
-		}
-		return nil
-	})
-	if err != nil {
+	if err := s.claim(ctx, deliveries, s.abandonedAfter, 1); err != nil {
 		return fmt.Errorf("release %d deliveries: %w", len(deliveries), err)
 	}
 	s.takeOverFrom, s.takenOver = "", time.Time{} // there is something to take over now
 	return nil
 }
 
-// Forgive sets the deliveries' counts to one.
-func (s *RedisSubscription) Forgive(ctx context.Context, tags []string) error {
-	if err := s.redis.Do(ctx, s.claim(tags, 0, 1)...).Err(); err != nil {
-		return fmt.Errorf("forgive %d deliveries: %w", len(tags), err)
+// Recount sets the deliveries' counts.
+func (s *RedisSubscription) Recount(ctx context.Context, deliveries []Delivery) error {
+	if err := s.claim(ctx, deliveries, 0, 0); err != nil {
+		return fmt.Errorf("recount %d deliveries: %w", len(deliveries), err)
 	}
 	return nil
 }
 
-// claim returns a command that sets for how long deliveries were left alone, and how often they were made.
-func (s *RedisSubscription) claim(tags []string, idle time.Duration, count int64) []any {
-	args := []any{"XCLAIM", Stream, s.group, s.name, 0}
-	for _, tag := range tags {
-		args = append(args, tag)
+// claim sets for how long deliveries were left alone, and how often they were made: so much less than they say.
+func (s *RedisSubscription) claim(ctx context.Context, deliveries []Delivery, idle time.Duration, less int64) error {
+	tags := map[int64][]any{} // by count
+	for _, d := range deliveries {
+		tags[d.Deliveries] = append(tags[d.Deliveries], d.Tag)
 	}
-	return append(args, "IDLE", idle.Milliseconds(), "RETRYCOUNT", count, "JUSTID")
+	_, err := s.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
+		for count, tags := range tags {
+			args := slices.Concat([]any{"XCLAIM", Stream, s.group, s.name, 0}, tags,
+				[]any{"IDLE", idle.Milliseconds(), "RETRYCOUNT", max(count-less, 0), "JUSTID"})
+			p.Do(ctx, args...)
+		}
+		return nil
+	})
+	return err
 }

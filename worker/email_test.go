@@ -166,10 +166,19 @@ func TestAConsumerThatIsStoppedMarksWhatWasSentAndGivesTheRestBack(t *testing.T)
 	b.settled(orders)
 }
 
-// neglecting is a subscription that keeps nothing, as one of a process that stands still.
-type neglecting struct{ *broker.RedisSubscription }
+// neglecting is a subscription that keeps nothing, as one of a process that stands still, and counts what it receives.
+type neglecting struct {
+	*broker.RedisSubscription
+	received atomic.Int64
+}
 
-func (neglecting) Keep(context.Context, []string) error { return nil }
+func (*neglecting) Keep(context.Context, []string) error { return nil }
+
+func (n *neglecting) Receive(ctx context.Context, limit int, wait time.Duration) ([]broker.Delivery, error) {
+	deliveries, err := n.RedisSubscription.Receive(ctx, limit, wait)
+	n.received.Add(int64(len(deliveries)))
+	return deliveries, err
+}
 
 func TestAConsumerThatStoodStillSendsAndMarksNothingThatAnotherTookOver(t *testing.T) {
 	t.Parallel()
@@ -186,7 +195,7 @@ func TestAConsumerThatStoodStillSendsAndMarksNothingThatAnotherTookOver(t *testi
 		late.Add(1)
 		return nil
 	}))
-	still.subscription = neglecting{still.subscription.(*broker.RedisSubscription)}
+	still.subscription = &neglecting{RedisSubscription: still.subscription.(*broker.RedisSubscription)}
 	still.inHand = concurrentSends // else it would receive again what it let go, and be less still than it seems
 	b.start(still.Run)
 	goOn := sync.OnceFunc(func() { close(gate) })
@@ -210,6 +219,29 @@ func TestAConsumerThatStoodStillSendsAndMarksNothingThatAnotherTookOver(t *testi
 	if got := b.mails.orders(); !sameSet(got, orders) {
 		t.Errorf("%d mails were sent by the heir; want 40", len(got))
 	}
+}
+
+// What it does not keep, it receives again and again. That nobody died of it is plain to a consumer that has it in hand.
+func TestAConsumerThatKeepsNothingMakesNoEventDead(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	orders := b.place(5)
+	b.mustRun(b.relay(b.broker), 5)
+	stuck := make(chan struct{})
+	still := b.consumer("still", sender(func(context.Context, Email) error { <-stuck; return nil }))
+	neglects := &neglecting{RedisSubscription: still.subscription.(*broker.RedisSubscription)}
+	still.subscription = neglects
+	b.start(still.Run)
+	goOn := sync.OnceFunc(func() { close(stuck) })
+	t.Cleanup(goOn) // before it is waited for
+	b.eventually("it has received everything more often than any event may be", func() bool {
+		return neglects.received.Load() >= 5*(maxDeliveries+2)
+	})
+	b.start(b.consumer("heir", b.mails).Run)
+	b.eventually("the heir has sent everything", func() bool { return len(b.mails.orders()) == len(orders) })
+	b.eventually("and finished it", func() bool { sent, _, _ := b.states(); return sent == len(orders) && len(b.pending()) == 0 })
+	goOn()
+	b.settled(orders)
 }
 
 func TestDeliveriesAreForgivenWhenAMailWasTried(t *testing.T) {

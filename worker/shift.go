@@ -3,6 +3,7 @@ package worker
 import (
 	"context"
 	"errors"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -211,12 +212,12 @@ func (s *shift) received(tasks []*task, done []string, err error) {
 	if len(s.inHand) == 0 {
 		s.keepAt = time.Now().Add(s.abandonedAfter / 4)
 	}
+	var again []*task
 	for _, t := range tasks {
 		id := t.mail.EventID
-		if known := s.inHand[id]; known != nil { // published twice, or this consumer stood still for long
-			known.tags = append(known.tags, t.tags...)
-			if t.forced.After(known.forced) {
-				known.forced = t.forced
+		if known := s.inHand[id]; known != nil {
+			if known.deliveredAgain(t) {
+				again = append(again, known)
 			}
 			continue
 		}
@@ -226,9 +227,24 @@ func (s *shift) received(tasks []*task, done []string, err error) {
 			s.alone = t
 		}
 	}
+	s.recount(again)
 	if s.drain && (err != nil || len(tasks)+len(done) == 0) {
 		s.drained(err)
 	}
+}
+
+// deliveredAgain takes over what another delivery of the same event brings, and tells whether it is one that is in hand already:
+// this consumer stood still, and counted as dead. Otherwise the event was published twice.
+func (t *task) deliveredAgain(again *task) bool {
+	if again.forced.After(t.forced) {
+		t.forced = again.forced
+	}
+	if slices.Contains(t.tags, again.tags[0]) {
+		return true
+	}
+	t.tags = append(t.tags, again.tags...)
+	t.deliveries = max(t.deliveries, again.deliveries)
+	return false
 }
 
 // drained ends a shift that was to drain when nothing is left but what cannot be sent now.
@@ -428,18 +444,35 @@ func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) } // #no
 
 // forgive lets the broker forget that a task's receivers died: its mail has been tried, and nobody died of it.
 func (s *shift) forgive(t *task) {
+	if t.deliveries > 1 {
+		t.deliveries = 1
+		s.recount([]*task{t})
+	}
+}
+
+// recount has the broker forget what it counted since tasks came into this hand, which did not die since. Else the deliveries to
+// a consumer that stands still would make an event dead that nobody died of.
+func (s *shift) recount(tasks []*task) {
 	counting, ok := s.subscription.(broker.Counting)
-	if !ok || t.deliveries <= 1 {
+	if !ok || len(tasks) == 0 {
 		return
 	}
-	t.deliveries = 1
-	tags := slices.Clone(t.tags)
+	deliveries := deliveriesOf(tasks)
 	s.do(func() func() {
 		ctx, cancel := context.WithTimeout(s.longer, stepTimeout)
 		defer cancel()
-		_ = counting.Forgive(ctx, tags) // else it is under suspicion a little longer
+		_ = counting.Recount(ctx, deliveries) // else they are under suspicion a little longer
 		return func() {}
 	})
+}
+
+func deliveriesOf(tasks []*task) (deliveries []broker.Delivery) {
+	for _, t := range tasks {
+		for _, tag := range t.tags {
+			deliveries = append(deliveries, broker.Delivery{Tag: tag, Deliveries: t.deliveries})
+		}
+	}
+	return deliveries
 }
 
 // finish notes a task that is to be marked.
@@ -535,19 +568,12 @@ func (s *shift) release() {
 	}
 	ctx, cancel := context.WithTimeout(s.longer, stepTimeout)
 	defer cancel()
-	ids := make([]uuid.UUID, 0, len(s.inHand))
-	var deliveries []broker.Delivery
-	for id, t := range s.inHand {
-		ids = append(ids, id)
-		for _, tag := range t.tags {
-			deliveries = append(deliveries, broker.Delivery{Tag: tag, Deliveries: t.deliveries})
-		}
-	}
-	err := db.New(s.pool).LeaveInbox(ctx, db.LeaveInboxParams{Consumer: EmailConsumer, EventIds: ids, Holder: s.holder})
+	tasks := slices.Collect(maps.Values(s.inHand))
+	err := db.New(s.pool).LeaveInbox(ctx, db.LeaveInboxParams{Consumer: EmailConsumer, EventIds: idsOf(tasks), Holder: s.holder})
 	if counting, ok := s.subscription.(broker.Counting); ok {
-		err = errors.Join(err, counting.Release(ctx, deliveries))
+		err = errors.Join(err, counting.Release(ctx, deliveriesOf(tasks)))
 	}
 	if err != nil {
-		s.log.WarnContext(ctx, "Events could not be given back, and wait until they count as abandoned", "events", len(ids), "error", err)
+		s.log.WarnContext(ctx, "Events could not be given back, and wait until they count as abandoned", "events", len(tasks), "error", err)
 	}
 }
