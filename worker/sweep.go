@@ -22,8 +22,14 @@ const (
 	sweepLock = 0x7377656570 // "sweep"
 	// stepTime bounds one statement of a round, and jobTime how long one job goes on in a round that others wait for.
 	stepTime, jobTime = 15 * time.Second, 10 * time.Second
-	// sweepBatch is how many events a step looks at, and sweepPages how many pages of a table, which have a thousand rows at most.
-	sweepBatch, sweepPages = 1000, 8
+	// A step is followed by a rest restMost times as long: a sweep has a seventh of one connection's time, enough for 4,000 orders a
+	// second or so. A round whose jobs were not done in time makes that one less for the next, until there is none: enough for 30,000.
+	restMost, restLeast = 6, 0
+	// sweepBatch is how many events a step looks at, and sweepPages how many pages of a table, which have a thousand rows at most: a
+	// step takes one to three milliseconds.
+	sweepBatch, sweepPages = 200, 8
+	// restBatch is how many events a step takes out of the default partition. Each looks at all of it, so there are few.
+	restBatch = 1000
 	// expiredFor is how long events that left the archive are kept in the inbox at least. It is longer than anybody works on what
 	// was received, or read from the archive, before.
 	expiredFor = 24 * time.Hour
@@ -58,17 +64,18 @@ type Sweeper struct {
 
 	grace       time.Duration // expiredFor
 	jobTime     time.Duration
-	keyPage     int64     // where the walk over the keys goes on
-	day         time.Time // the end of the day that is about to leave the archive
-	dayPlace    place     // where the look at its events goes on
-	expired     string    // the table that left the archive whose events are leaving the inbox
-	expiredPage int64     // where the walk over that goes on
+	rests       time.Duration // how many times as long as a step takes there is a rest after it
+	keyPage     int64         // where the walk over the keys goes on
+	day         time.Time     // the end of the day that is about to leave the archive
+	dayPlace    place         // where the look at its events goes on
+	expired     string        // the table that left the archive whose events are leaving the inbox
+	expiredPage int64         // where the walk over that goes on
 }
 
 // NewSweeper returns a sweeper of a migrated database, and of a broker; nil for one that keeps nothing. Published events are kept
 // for retention.
 func NewSweeper(pool *pgxpool.Pool, trimmer Trimmer, retention time.Duration, log *slog.Logger) *Sweeper {
-	return &Sweeper{pool: pool, trimmer: trimmer, retention: retention, log: log, grace: expiredFor, jobTime: jobTime}
+	return &Sweeper{pool: pool, trimmer: trimmer, retention: retention, log: log, grace: expiredFor, jobTime: jobTime, rests: restMost}
 }
 
 // swept is what rounds have removed.
@@ -105,7 +112,7 @@ func (s *Sweeper) Run(ctx context.Context) {
 			continue
 		}
 		failed.reset()
-		if done.more {
+		if s.pace(done.more); done.more {
 			continue
 		}
 		select {
@@ -114,6 +121,15 @@ func (s *Sweeper) Run(ctx context.Context) {
 		}
 	}
 	s.tell(total)
+}
+
+// pace lets the next round rest less when this one was not done in time, and as much as may be when it was.
+func (s *Sweeper) pace(behind bool) {
+	if !behind {
+		s.rests = restMost
+		return
+	}
+	s.rests = max(s.rests-1, restLeast)
 }
 
 func (s *Sweeper) tell(total swept) {
@@ -155,7 +171,7 @@ func (s *Sweeper) runOnce(ctx context.Context) (done swept, err error) {
 }
 
 // steps does step after step until one tells that it was the last, or has failed, or the job's time is up: then there is more. It
-// rests three times as long as it works, so that it never takes more than a part of what the others need.
+// rests in proportion to what each took: beside others who have much to do, a step takes longer, and so does the rest.
 func (s *Sweeper) steps(ctx context.Context, done *swept, step func(context.Context) (last bool, err error)) error {
 	for end := time.Now().Add(s.jobTime); ; {
 		begun := time.Now()
@@ -170,7 +186,7 @@ func (s *Sweeper) steps(ctx context.Context, done *swept, step func(context.Cont
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(3 * time.Since(begun)):
+		case <-time.After(s.rests * time.Since(begun)):
 		}
 	}
 }
@@ -259,9 +275,9 @@ func (s *Sweeper) lookAtFinished(ctx context.Context, q *db.Queries, at *place, 
 // expireRest takes what is old and finished out of the default partition.
 func (s *Sweeper) expireRest(ctx context.Context, q *db.Queries, done *swept) error {
 	err := s.steps(ctx, done, func(ctx context.Context) (bool, error) {
-		n, err := q.ExpireRest(ctx, db.ExpireRestParams{Retention: s.retention, Consumer: EmailConsumer, BatchSize: sweepBatch})
+		n, err := q.ExpireRest(ctx, db.ExpireRestParams{Retention: s.retention, Consumer: EmailConsumer, BatchSize: restBatch})
 		done.expired += int64(n)
-		return n < sweepBatch, err
+		return n < restBatch, err
 	})
 	if err != nil {
 		return fmt.Errorf("take events out of the default partition: %w", err)

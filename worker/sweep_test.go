@@ -234,12 +234,12 @@ func TestTheDefaultPartitionIsSweptInBatches(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	at := time.Now().UTC().AddDate(0, 0, -10)
-	b.archived(2*sweepBatch+500, at)
+	b.archived(2*restBatch+500, at)
 	b.archived(2, at.AddDate(0, 0, 1))
 	b.unfinish(at.AddDate(0, 0, 1))
 	b.archived(5, time.Now().UTC().AddDate(0, 0, -1)) // there is no partition for yesterday
 	s := b.sweeper()
-	if done := b.mustSweep(s); done.expired != 2*sweepBatch+501 || done.forgotten != 2*sweepBatch+501 {
+	if done := b.mustSweep(s); done.expired != 2*restBatch+501 || done.forgotten != 2*restBatch+501 {
 		t.Errorf("the round did %+v", done)
 	}
 	b.exec("UPDATE relay_state SET finished_to = now() - interval '1 minute'") // past the one that is not
@@ -334,6 +334,38 @@ func TestALargeDayIsLookedAtInManyRounds(t *testing.T) {
 			t.Fatal("it never leaves the archive")
 		}
 		b.mustSweep(s)
+	}
+}
+
+func TestASweepRestsLongerThanItWorksAndLessWhenItIsBehind(t *testing.T) {
+	t.Parallel()
+	s := NewSweeper(nil, nil, time.Hour, nil)
+	for _, c := range []struct {
+		behind int // rounds
+		rests  time.Duration
+	}{{0, restMost}, {1, restMost - 1}, {100, restLeast}} {
+		s.pace(false)
+		for range c.behind {
+			s.pace(true)
+		}
+		if s.rests != c.rests {
+			t.Errorf("after %d rounds that were not done in time it rests %d times as long as it works; want %d", c.behind, s.rests, c.rests)
+		}
+		var worked time.Duration
+		steps, begun := 0, time.Now()
+		err := s.steps(t.Context(), &swept{}, func(context.Context) (bool, error) {
+			if steps++; steps == 5 { // after which there is no rest
+				return true, nil
+			}
+			began := time.Now()
+			for time.Since(began) < time.Millisecond {
+			}
+			worked += time.Since(began)
+			return false, nil
+		})
+		if took := time.Since(begun); err != nil || took < (1+c.rests)*worked {
+			t.Errorf("%s of work took %s, %v; want %d times as long", worked, took, err, 1+c.rests)
+		}
 	}
 }
 
