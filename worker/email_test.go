@@ -175,7 +175,7 @@ type neglecting struct {
 func (*neglecting) Keep(context.Context, []string) error { return nil }
 
 func (n *neglecting) Receive(ctx context.Context, limit int, wait time.Duration) ([]broker.Delivery, error) {
-	deliveries, err := n.RedisSubscription.Receive(ctx, limit, wait)
+	deliveries, err := n.RedisSubscription.Receive(ctx, limit, min(wait, 10*time.Millisecond))
 	n.received.Add(int64(len(deliveries)))
 	return deliveries, err
 }
