@@ -72,8 +72,10 @@ func (r *Relay) Nudge() {
 func (r *Relay) Run(ctx context.Context) {
 	idle, failed := backoff{least: idleLeast, most: idleMost}, backoff{least: failedLeast, most: failedMost}
 	publishing := trouble{log: r.log, doing: "Publishing outbox events"}
+	ctx, stop := context.WithCancel(ctx)
 	var looking sync.WaitGroup
 	defer looking.Wait()
+	defer stop() // a panic would wait for ever, and with it the relay
 	looking.Go(func() { r.keepLooking(ctx) })
 	for ctx.Err() == nil {
 		done, err := r.take(ctx)

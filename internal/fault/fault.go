@@ -3,8 +3,8 @@
 //
 // Nothing of it is in an ordinary build: there a step is an empty function that is inlined away, and no variable is read. Built with
 // -tags=faults, CRASH_AT=place.committed has the process kill itself with SIGKILL when it reaches that step, and
-// CRASH_AT=place.committed:3 when it reaches it the third time; REMOVE=unique-key takes the unique key away, and so on. A name that is
-// not known ends such a build at its start.
+// CRASH_AT=place.committed:3 when it reaches it the third time; with PANIC_AT=place.committed it panics there, each time;
+// REMOVE=unique-key takes the unique key away, and so on. A name that is not known ends such a build at its start.
 package fault
 
 // Point is a step at which a process may die.

@@ -21,6 +21,7 @@ import (
 
 var (
 	crashAt Point        // empty: nowhere
+	panicAt Point        // the same
 	left    atomic.Int64 // how often it is still reached until the process dies
 	removed Removal      // empty: none
 )
@@ -45,17 +46,25 @@ func read(getenv func(string) string) error {
 	if name != "" && !slices.Contains(points, Point(name)) {
 		return fmt.Errorf("CRASH_AT=%s is no point; they are %v", name, points)
 	}
+	panics := Point(getenv("PANIC_AT"))
+	if panics != "" && !slices.Contains(points, panics) {
+		return fmt.Errorf("PANIC_AT=%s is no point; they are %v", panics, points)
+	}
 	remove := Removal(getenv("REMOVE"))
 	if remove != "" && !slices.Contains(removals, remove) {
 		return fmt.Errorf("REMOVE=%s is nothing to remove; there are %v", remove, removals)
 	}
-	crashAt, removed = Point(name), remove
+	crashAt, panicAt, removed = Point(name), panics, remove
 	left.Store(n)
 	return nil
 }
 
-// Reached kills this process with SIGKILL if this is where it is to die. The last line it says on standard error tells so.
+// Reached kills this process with SIGKILL if this is where it is to die, which the last line on standard error tells, and panics
+// where that is asked for.
 func (p Point) Reached() {
+	if p == panicAt {
+		panic("PANIC_AT " + p)
+	}
 	if p != crashAt || left.Add(-1) != 0 {
 		return
 	}
