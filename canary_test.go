@@ -91,7 +91,7 @@ func TestNoSecretIsShown(t *testing.T) {
 		}
 	}
 	redisServer.Kill()
-	p.waitFor(regexp.MustCompile(`(?i)redis`))
+	p.waitFor(regexp.MustCompile(`Receiving events fails`))
 	p.terminate()
 	if strings.Contains(p.said(), canary) {
 		t.Errorf("it says:\n%s", p.said())
