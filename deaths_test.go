@@ -374,6 +374,34 @@ func TestAWorkerThatIsStoppedInItsTurnLosesItAndDoesNoHarmWhenItGoesOn(t *testin
 	p.reconciled(21, 21)
 }
 
+func TestSixteenWorkersOfWhichOneIsKilledAndOneStopsPublishEverythingInOrder(t *testing.T) {
+	t.Parallel()
+	p := newPlant(t)
+	workers := make([]*program, 16)
+	for i := range workers {
+		workers[i] = p.start([]string{"DATABASE_URL=" + p.database + "&pool_max_conns=2"}, "worker")
+	}
+	for _, w := range workers {
+		w.waitFor(regexp.MustCompile("Outbox worker started"))
+	}
+	p.start(nil, "consumer")
+	const each = 40
+	for i, then := range []func() error{
+		func() error { workers[0].kill(); return nil },
+		func() error { return workers[1].cmd.Process.Signal(syscall.SIGSTOP) },
+		func() error { return workers[1].cmd.Process.Signal(syscall.SIGCONT) },
+		func() error { return nil },
+	} {
+		p.place(fmt.Sprint("order-", i), each/2)
+		if err := then(); err != nil {
+			t.Fatal(err)
+		}
+		p.place(fmt.Sprint("order-later-", i), each/2)
+		p.eventually("every order so far is mailed", func() bool { return p.inbox("sent") == (i+1)*each })
+	}
+	p.reconciled(4*each, 4*each)
+}
+
 func TestAConsumerThatIsKilledLeavesItsWorkToTheNext(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
