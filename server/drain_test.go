@@ -2,10 +2,12 @@ package server
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -56,8 +58,12 @@ func (w *wire) read() (reply, bool) {
 // closed checks that the server has closed the connection.
 func (w *wire) closed() {
 	w.t.Helper()
-	if _, err := w.reader.ReadByte(); err == nil {
+	_, err := w.reader.ReadByte()
+	switch {
+	case err == nil:
 		w.t.Error("the server goes on to send")
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		w.t.Error("the server keeps the connection open")
 	}
 }
 

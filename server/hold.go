@@ -21,19 +21,20 @@ type holds struct {
 // second as refusals.
 func (h *holds) join() time.Duration { return time.Duration(h.held.Add(1)) * time.Second / refusals }
 
-// hold reads nothing from a connection after an answer, for a time that the answer told. A connection that several callers share
-// is not held, for one would wait for what another did, and neither is one that ends.
-func (h *holds) hold(ctx context.Context, w http.ResponseWriter, d time.Duration) {
+// hold reads nothing from a connection after an answer, for no longer than the answer told. A connection that several callers
+// have used is not held, for one would wait for what another did, and neither is one that ends.
+func (h *holds) hold(w http.ResponseWriter, r *http.Request, d time.Duration) {
 	defer h.held.Add(-1)
-	l, known := ctx.Value(linkKey{}).(*link)
-	if !known || l.shared || w.Header().Get("Connection") == "close" || http.NewResponseController(w).Flush() != nil {
+	l, known := r.Context().Value(linkKey{}).(*link)
+	ends := r.Close || w.Header().Get("Connection") == "close" // who sends it, or the server
+	if !known || l.shared || ends || http.NewResponseController(w).Flush() != nil {
 		return
 	}
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-	case <-ctx.Done(): // the client left
+	case <-r.Context().Done(): // the client left
 	case <-h.released:
 	}
 }

@@ -51,6 +51,7 @@ func TestWhoIsRefusedAndSendsAgainAtOnceWaits(t *testing.T) {
 	got, _ = other.place("other") // which was sent later
 	got.placed(t)
 	other.Close()
+	api.client.CloseIdleConnections() // else the server waits for it
 	api.expectRows(2)
 
 	go api.stop()
@@ -80,7 +81,7 @@ func TestWhoLeavesIsHeldNoLonger(t *testing.T) {
 	}
 }
 
-func TestNobodyWaitsForWhatAnotherCallerDidOnTheSameConnection(t *testing.T) {
+func TestAConnectionThatTwoCallersHaveUsedIsNotHeld(t *testing.T) {
 	t.Parallel()
 	plain := newAPI(t)
 	api := serveAPI(t, Config{Pool: plain.pool, Redis: plain.redis, Room: 1, Callers: twoCallers()}, plain.server)
@@ -116,5 +117,37 @@ func TestWhoIsOverTheRateAndSendsAgainAtOnceWaits(t *testing.T) {
 	got, closes := conn.read()
 	if got.problem(t, 429, "too-many-requests"); closes || api.holds.held.Load() != before+1 {
 		t.Errorf("closes %t, %d are held; want %d", closes, api.holds.held.Load(), before+1)
+	}
+}
+
+func TestAConnectionThatEndsIsNotHeld(t *testing.T) {
+	t.Parallel()
+	plain := newAPI(t)
+	rates := NewRates(plain.redis, 1, time.Hour, slog.New(slog.DiscardHandler))
+	rated := serveAPI(t, Config{Pool: plain.pool, Redis: plain.redis, Rates: rates, ReadTimeout: time.Second}, plain.server)
+	rated.place("k", "").placed(t)
+	crowded := serveAPI(t, Config{Pool: plain.pool, Redis: plain.redis, Room: 1}, plain.server)
+	defer crowded.crowd()()
+	for name, send := range map[string]struct {
+		api     *testAPI
+		request string
+		status  int
+		problem string
+	}{
+		"HTTP/1.0":                {crowded, "POST /orders HTTP/1.0\r\nIdempotency-Key: k\r\n\r\n", 503, "unavailable"},
+		"the client ends it":      {crowded, "POST /orders HTTP/1.1\r\nHost: x\r\nIdempotency-Key: k\r\nConnection: close\r\n\r\n", 503, "unavailable"},
+		"the client asks first":   {rated, "POST /orders HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n", 429, "too-many-requests"},
+		"the body does not come":  {rated, "POST /orders HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{", 429, "too-many-requests"},
+		"nobody knows its length": {rated, "POST /orders HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", 429, "too-many-requests"},
+	} {
+		send.api.holdsLong()
+		conn := send.api.dial()
+		_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+		fmt.Fprint(conn, send.request)
+		got, closes := conn.read()
+		if got.problem(t, send.status, send.problem); !closes {
+			t.Errorf("%s: it is not closed", name)
+		}
+		conn.closed()
 	}
 }

@@ -205,7 +205,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	w.WriteHeader(p.status)
 	_, _ = w.Write(buf.Bytes())
 	if tooMany {
-		s.holds.hold(r.Context(), w, hold)
+		s.holds.hold(w, r, hold)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -133,8 +134,9 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 		return fmt.Errorf("serve HTTP: %w", err)
 	case <-ctx.Done():
 	}
-	s.draining.Store(true)
-	close(s.holds.released) // so that they are told, too
+	if !s.draining.Swap(true) { // on another listener it may drain already
+		close(s.holds.released) // so that they are told, too
+	}
 	open.drain(s.DrainTimeout)
 	s.stop()
 	defer time.AfterFunc(greetTimeout, open.closeSilent).Stop() // Shutdown would wait five seconds for each
@@ -208,7 +210,8 @@ func (s *Server) tidied(next http.Handler) http.Handler {
 	})
 }
 
-// route hands the request to its operation, if the caller may use it: before that, nothing of it is read. ServeMux would redirect a path that is not clean, which makes a GET of a POST.
+// route hands the request to its operation, if the caller may use it: before it is known who calls, no body is read. ServeMux would
+// redirect a path that is not clean, which makes a GET of a POST.
 func (s *Server) route(w http.ResponseWriter, r *http.Request) {
 	if path.Clean(r.URL.Path) != r.URL.Path {
 		s.refuse(w, r, errNotFound)
@@ -220,13 +223,23 @@ func (s *Server) route(w http.ResponseWriter, r *http.Request) {
 		err = s.metered(known)
 	}
 	if err != nil {
-		if known == nil && r.ContentLength != 0 || r.ContentLength < 0 || r.ContentLength > maxBody {
+		if known == nil && r.ContentLength != 0 || !skipBody(r) {
 			w.Header().Set("Connection", "close") // net/http would read the body, to use the connection again
 		}
 		s.refuse(w, r, err)
 		return
 	}
 	s.mux.ServeHTTP(w, known)
+}
+
+// skipBody reads the body of a known caller's request, so that the connection can be used again, if it is small and comes in time, and
+// nobody waits for an answer before sending it. net/http would do so as the answer begins, and not say how that ended.
+func skipBody(r *http.Request) bool {
+	if r.ContentLength < 0 || r.ContentLength > maxBody || r.Header.Get("Expect") != "" {
+		return false
+	}
+	_, err := io.Copy(io.Discard, r.Body)
+	return err == nil
 }
 
 // refuseUnknown answers what no operation answers. ServeMux would do so in plain text.
