@@ -3,7 +3,6 @@
 package local
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -78,12 +77,12 @@ func (a *account) runs(cmd *exec.Cmd) {
 
 // owns gives a file or folder of root's, with all that is in it, to the account. What is in a folder goes first: as soon as the
 // account has the folder it can put links there, and would be given what they lead to. For the same reason a folder that is the
-// account's already is left alone.
+// account's already is left alone, also one that a link of root's leads to.
 func (a *account) owns(path string) error {
 	if a == nil {
 		return nil
 	}
-	info, err := os.Lstat(path)
+	info, err := os.Stat(path)
 	if err != nil {
 		return err
 	}
@@ -100,10 +99,15 @@ func (a *account) owns(path string) error {
 		all = append(all, name)
 		return err
 	})
-	for _, name := range slices.Backward(all) {
-		err = cmp.Or(err, root.Lchown(name, int(a.uid), int(a.gid)))
+	if err != nil {
+		return err
 	}
-	return err
+	for _, name := range slices.Backward(all) { // the folder last: while it is root's, the next start does what is left
+		if err := root.Lchown(name, int(a.uid), int(a.gid)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // barrier returns the first folder on the way to path that the account cannot enter, or "".

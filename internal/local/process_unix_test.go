@@ -45,6 +45,9 @@ func TestWhatAnAccountPutsIntoItsFolderDoesNotGiveItRootsFiles(t *testing.T) {
 			t.Errorf("%s is given to the account", kept)
 		}
 	}
+	moved := filepath.Join(t.TempDir(), "data") // root has put the data elsewhere
+	must(t, os.Symlink(folder, moved))
+	must(t, a.owns(moved))
 	if err := a.owns(filepath.Join(dir, "none")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("what is not there: %v", err)
 	}
