@@ -58,8 +58,8 @@ func installedIn() []string {
 	return folders
 }
 
-// findInstallations returns the usable installations in the folders, each once.
-func findInstallations(ctx context.Context, folders ...string) []installation {
+// findInstallations returns the installations in the folders that the account can use, each once.
+func findInstallations(ctx context.Context, owner *account, folders ...string) []installation {
 	var found []installation
 	seen := map[string]bool{}
 	for _, folder := range folders {
@@ -69,7 +69,7 @@ func findInstallations(ctx context.Context, folders ...string) []installation {
 			continue
 		}
 		seen[bin] = true
-		if i, ok := inspect(ctx, bin); ok {
+		if i, ok := inspect(ctx, bin, owner); ok {
 			found = append(found, i)
 		}
 	}
@@ -78,14 +78,18 @@ func findInstallations(ctx context.Context, folders ...string) []installation {
 
 var postgresVersion = regexp.MustCompile(`\(PostgreSQL\) (\d+)(?:\.(\d+))?`)
 
-// inspect asks the programs in a folder for their version. Only what they say counts; folders are named in many ways.
-func inspect(ctx context.Context, bin string) (installation, bool) {
+// inspect asks the programs in a folder for their version. Only what they say counts; folders are named in many ways. They run as the
+// account even for that: those that were downloaded are its own, and it may have put anything in their place.
+func inspect(ctx context.Context, bin string, owner *account) (installation, bool) {
 	if _, err := exec.LookPath(filepath.Join(bin, "initdb")); err != nil {
 		return installation{}, false
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	text, err := exec.CommandContext(ctx, filepath.Join(bin, "postgres"), "--version").Output() // #nosec G204 -- from the PATH of who runs us, or where systems put it
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "postgres"), "--version") // #nosec G204 -- from the PATH of who runs us, where systems put it, or downloaded
+	cmd.Dir = bin
+	owner.runs(cmd)
+	text, err := cmd.Output()
 	version := postgresVersion.FindSubmatch(text)
 	if err != nil || version == nil {
 		return installation{}, false
@@ -118,13 +122,13 @@ func (f *folder) installedOrDownloaded(ctx context.Context, dataMajors []int) (i
 		return installation{}, err
 	}
 	downloaded := filepath.Join(f.path, "binaries")
-	found := findInstallations(ctx, append(installedIn(), filepath.Join(downloaded, "bin"))...)
+	found := findInstallations(ctx, owner, append(installedIn(), filepath.Join(downloaded, "bin"))...)
 	found = slices.DeleteFunc(found, func(i installation) bool { return owner.barrier(i.bin) != "" })
 	if len(found) == 0 {
 		if err := download(ctx, downloaded, owner, f.log); err != nil {
 			return installation{}, err
 		}
-		if found = findInstallations(ctx, filepath.Join(downloaded, "bin")); len(found) == 0 {
+		if found = findInstallations(ctx, owner, filepath.Join(downloaded, "bin")); len(found) == 0 {
 			return installation{}, fmt.Errorf("the PostgreSQL downloaded to %s does not run here: "+
 				"install PostgreSQL %d or newer, or set DB_HOST", downloaded, oldestPostgreSQL)
 		}

@@ -51,7 +51,7 @@ func TestFindInstallations(t *testing.T) {
 	real := fakePrograms(t, "16.3 (Debian 16.3-1)", "postgres", "initdb")
 	link := t.TempDir()
 	must(t, os.Symlink(filepath.Join(real, "postgres"), filepath.Join(link, "postgres")))
-	found := findInstallations(t.Context(),
+	found := findInstallations(t.Context(), nil,
 		"", ".", "/no/such/folder",
 		fakePrograms(t, "17.1", "postgres"),
 		fakePrograms(t, "13.9", "postgres", "initdb"),
@@ -120,7 +120,7 @@ func TestDownload(t *testing.T) {
 
 		asked = nil
 		must(t, download(t.Context(), into, nil, log))
-		found := findInstallations(t.Context(), filepath.Join(into, "bin"))
+		found := findInstallations(t.Context(), nil, filepath.Join(into, "bin"))
 		if len(found) != 1 || found[0].major != 18 || found[0].minor != 3 {
 			t.Errorf("found %v", found)
 		}

@@ -53,6 +53,21 @@ func TestWhatAnAccountPutsIntoItsFolderDoesNotGiveItRootsFiles(t *testing.T) {
 	}
 }
 
+func TestRootAsksNoProgramOfAnAccountAsRoot(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root runs programs as somebody else")
+	}
+	t.Parallel()
+	a, bin := &account{uid: 65534, gid: 65534}, newFolder(t)
+	must(t, os.Chmod(bin, 0o755))
+	for _, program := range []string{"postgres", "initdb"} {
+		must(t, os.WriteFile(filepath.Join(bin, program), []byte("#!/bin/sh\necho \"postgres (PostgreSQL) 18.$(id -u)\"\n"), 0o755))
+	}
+	if found := findInstallations(t.Context(), a, bin); len(found) != 1 || found[0].minor != 65534 {
+		t.Errorf("found %v; want one, of which the minor version is whom it ran as", found)
+	}
+}
+
 func TestStopIsBoundedAndCanBeRepeated(t *testing.T) {
 	t.Parallel()
 	p := startPostgreSQL(t, newFolder(t))
