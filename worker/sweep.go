@@ -186,7 +186,7 @@ func (s *Sweeper) steps(ctx context.Context, done *swept, step func(context.Cont
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(s.rests * time.Since(begun)):
+		case <-time.After(min(s.rests*time.Since(begun), s.jobTime)): // the turn is kept meanwhile
 		}
 	}
 }
