@@ -19,6 +19,7 @@ const (
 	everything  = "everything"
 	server      = "server"
 	worker      = "worker"
+	consumer    = "consumer"
 	naiveServer = "naive"
 	emptyServer = "empty"
 )

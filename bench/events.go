@@ -23,9 +23,8 @@ func (l *lab) drain(ctx context.Context, events int, held bool) (s sample, err e
 		}
 		defer release()
 	}
-	if err := execute(ctx, l.pool, fmt.Sprintf(`INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload)
-		SELECT gen_random_uuid(), gen_random_uuid(), 'order.created.v1', '/orders', '%s' FROM generate_series(1, %d)`, payload, events), "CHECKPOINT"); err != nil {
-		return s, fmt.Errorf("fill the outbox: %w", err)
+	if err := l.fillOutbox(ctx, events); err != nil {
+		return s, err
 	}
 	p, err := l.start(ctx, worker, database)
 	if err != nil {
@@ -50,6 +49,14 @@ func (l *lab) drain(ctx context.Context, events int, held bool) (s sample, err e
 		err = fmt.Errorf("%d events are left in the outbox", left)
 	}
 	return s, err
+}
+
+func (l *lab) fillOutbox(ctx context.Context, events int) error {
+	if err := execute(ctx, l.pool, fmt.Sprintf(`INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload)
+		SELECT gen_random_uuid(), gen_random_uuid(), 'order.created.v1', '/orders', '%s' FROM generate_series(1, %d)`, payload, events), "CHECKPOINT"); err != nil {
+		return fmt.Errorf("fill the outbox: %w", err)
+	}
+	return nil
 }
 
 // holdSnapshot opens a transaction elsewhere, under which nothing that dies from now on is vacuumed.

@@ -175,7 +175,7 @@ func (l *lab) start(ctx context.Context, name, database string, env ...string) (
 	switch name {
 	case everything:
 		p.cmd = exec.CommandContext(ctx, l.program)
-	case server, worker:
+	case server, worker, consumer:
 		p.cmd = exec.CommandContext(ctx, l.program, name)
 	default:
 		p.cmd = exec.CommandContext(ctx, l.self, hiddenServer, name)
@@ -193,7 +193,7 @@ func (l *lab) start(ctx context.Context, name, database string, env ...string) (
 		defer close(p.exited)
 		_ = p.cmd.Wait()
 	}()
-	if name == worker {
+	if name == worker || name == consumer {
 		return p, nil
 	}
 	if err := p.ready(ctx); err != nil {

@@ -52,12 +52,14 @@ const (
 	nameAlone      = "open loop at 200/s of one caller, alone"
 	nameFlooded    = "open loop at 200/s of one caller, beside another that floods"
 	nameOverload   = "overload, 4,000 connections"
+	nameRedrive    = "mailed after Redis forgot 100,000 events"
 	nameEndToEnd   = "end to end"
 	nameIdle       = "idle"
 	nameFull       = "intake into 5,000,000 orders, 256 connections"
 	unitOrders     = "orders/s"
 	unitAnswers    = "answers/s"
 	unitEvents     = "events/s"
+	unitSeconds    = "s"
 	unitPercentage = "% of a core"
 )
 
@@ -165,11 +167,20 @@ func (l *lab) measurements() []measurement {
 		drain(events, false)
 		drain(events, true)
 	}
+	for _, rate := range []int{deliveryRate, deliveryRateMost} {
+		all = append(all, measurement{group: "delivery", name: nameDelay(rate), unit: unitOrders, ours: true,
+			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys; `server` and `worker`; p50 and p99 are from the begin of the statement to the stream", l.seconds),
+			take:     func(ctx context.Context) (sample, error) { return l.delay(ctx, rate) }})
+	}
+	all = append(all, measurement{group: "delivery", name: nameRedrive, unit: unitSeconds, ours: true, take: l.redrive,
+		settings: "`worker` and `consumer`; FLUSHALL with as many published and not mailed, until the last inbox row is `sent`"})
 	all = append(all, measurement{group: "end-to-end", name: nameEndToEnd, unit: unitOrders, ours: true, take: l.endToEnd,
 		settings: l.loadSettings(clientsMany) + ", fresh keys; server, worker and consumer in one process, until the last inbox row is `sent`"})
 	return append(all, measurement{group: "idle", name: nameIdle, unit: unitPercentage, ours: true, once: true, take: l.idle,
 		settings: fmt.Sprintf("server, worker and consumer in one process, nothing to do, %s", idleFor)})
 }
+
+func nameDelay(rate int) string { return fmt.Sprintf("from order to stream at %s/s", pretty(float64(rate))) }
 
 // loadSettings names the generator of a closed loop and its settings.
 func (l *lab) loadSettings(connections int) string {

@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"idempotent-orders/broker"
+)
+
+const (
+	deliveryRate     = 1000 // orders a second
+	deliveryRateMost = 5000
+	redriven         = 100_000 // events that Redis forgets
+)
+
+// delay measures from when an order's statement begins, which is the event's time, until its event is in the stream, to a millisecond:
+// so the times of entries are. Server and worker are processes of their own.
+func (l *lab) delay(ctx context.Context, rate int) (s sample, err error) {
+	p, err := l.fresh(ctx, server)
+	if err != nil {
+		return s, err
+	}
+	defer p.stop()
+	// A group that acknowledges nothing: without it the stream would be trimmed.
+	if err := l.rdb.XGroupCreateMkStream(ctx, broker.Stream, "bench", "0").Err(); err != nil {
+		return s, err
+	}
+	w, err := l.start(ctx, worker, database)
+	if err != nil {
+		return s, err
+	}
+	defer w.stop()
+	watched := l.watch(w)
+	a, err := l.open(ctx, load{Addr: p.addr, Rate: rate, Seconds: l.seconds, Body: body})
+	if err != nil {
+		return s, err
+	}
+	s = sampleOf(a)
+	s.used = watched()
+	placed, err := count(ctx, l.pool, "SELECT count(*) FROM orders")
+	if err != nil {
+		return s, err
+	}
+	if err := l.awaitStream(ctx, w, placed); err != nil {
+		return s, err
+	}
+	micros, err := l.delays(ctx)
+	if err != nil {
+		return s, err
+	}
+	s.p50, s.p99 = micros[len(micros)/2], micros[len(micros)*99/100]
+	return s, nil
+}
+
+// delays returns how long each event in the stream took to get there, in microseconds, the shortest first.
+func (l *lab) delays(ctx context.Context) (micros []float64, err error) {
+	const page = 10_000
+	for from := "-"; ; {
+		entries, err := l.rdb.XRangeN(ctx, broker.Stream, from, "+", page).Result()
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range entries {
+			at, _, _ := strings.Cut(e.ID, "-")
+			ms, err := strconv.ParseInt(at, 10, 64)
+			if err != nil {
+				return nil, err
+			}
+			text, _ := e.Values["time"].(string)
+			begun, err := time.Parse(time.RFC3339Nano, text)
+			if err != nil {
+				return nil, err
+			}
+			micros = append(micros, float64(time.UnixMilli(ms).Sub(begun).Microseconds()))
+			from = "(" + e.ID
+		}
+		if len(entries) < page {
+			slices.Sort(micros)
+			return micros, nil
+		}
+	}
+}
+
+// redrive has Redis forget events that were published and not mailed, and waits until each is mailed all the same.
+func (l *lab) redrive(ctx context.Context) (s sample, err error) {
+	if err := l.reset(ctx); err != nil {
+		return s, err
+	}
+	if err := l.fillOutbox(ctx, redriven); err != nil {
+		return s, err
+	}
+	w, err := l.start(ctx, worker, database)
+	if err != nil {
+		return s, err
+	}
+	defer w.stop()
+	if err := l.awaitStream(ctx, w, redriven); err != nil {
+		return s, err
+	}
+	if err := pause(ctx, 2*time.Second); err != nil { // the last of them is committed, and the worker knows the stream
+		return s, err
+	}
+	c, err := l.start(ctx, consumer, database)
+	if err != nil {
+		return s, err
+	}
+	defer c.stop()
+	watched := l.watch(w)
+	if err := l.rdb.FlushAll(ctx).Err(); err != nil {
+		return s, err
+	}
+	forgotten := time.Now()
+	before, err := count(ctx, l.pool, "SELECT count(*) FROM inbox WHERE state = 'sent'")
+	if err != nil {
+		return s, err
+	}
+	if err := l.awaitStream(ctx, w, 1); err != nil {
+		return s, err
+	}
+	begun := time.Since(forgotten)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	for sent := 0; sent < redriven; {
+		if sent, err = count(ctx, l.pool, "SELECT count(*) FROM inbox WHERE state = 'sent'"); err != nil {
+			return s, fmt.Errorf("after %d of %d mails: %w", sent, redriven, err)
+		}
+		if err := pause(ctx, 50*time.Millisecond); err != nil {
+			return s, err
+		}
+	}
+	s.rate, s.used = time.Since(forgotten).Seconds(), watched()
+	s.note = fmt.Sprintf("begins after %.1f s; %d were mailed before Redis forgot", begun.Seconds(), before)
+	return s, nil
+}
+
+// awaitStream waits until there are as many entries in the stream.
+func (l *lab) awaitStream(ctx context.Context, p *process, entries int) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for n := int64(0); n < int64(entries); {
+		var err error
+		if n, err = l.rdb.XLen(ctx, broker.Stream).Result(); err != nil {
+			return fmt.Errorf("after %d of %d events: %w", n, entries, err)
+		}
+		select {
+		case <-p.exited:
+			return fmt.Errorf("the worker ended: %s", lastLine(p.said.Bytes()))
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return nil
+}
