@@ -180,7 +180,9 @@ func (l *lab) measurements() []measurement {
 		settings: fmt.Sprintf("server, worker and consumer in one process, nothing to do, %s", idleFor)})
 }
 
-func nameDelay(rate int) string { return fmt.Sprintf("from order to stream at %s/s", pretty(float64(rate))) }
+func nameDelay(rate int) string {
+	return fmt.Sprintf("from order to stream at %s/s", pretty(float64(rate)))
+}
 
 // loadSettings names the generator of a closed loop and its settings.
 func (l *lab) loadSettings(connections int) string {
