@@ -7,4 +7,8 @@ import (
 	"idempotent-orders/internal/testenv"
 )
 
-func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
+func TestMain(m *testing.M) {
+	code := testenv.Main(m)
+	_ = os.RemoveAll(program.dir)
+	os.Exit(code)
+}

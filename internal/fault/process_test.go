@@ -14,13 +14,12 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"idempotent-orders/internal/testenv"
 )
 
 // program is the program, built with -tags=faults for this run.
 var program struct {
 	once sync.Once
+	dir  string // removed by TestMain: it outlives the test that builds
 	path string
 	err  error
 }
@@ -28,9 +27,11 @@ var program struct {
 // build returns the path of the program with its faults.
 func build(t *testing.T) string {
 	t.Helper()
-	dir := testenv.Dir(t)
 	program.once.Do(func() {
-		program.path = filepath.Join(dir, "idempotent-orders")
+		if program.dir, program.err = os.MkdirTemp("", "idempotent-orders-test-"); program.err != nil {
+			return
+		}
+		program.path = filepath.Join(program.dir, "idempotent-orders")
 		output, err := exec.CommandContext(t.Context(), "go", "build", "-tags=faults", "-o", program.path, "idempotent-orders").CombinedOutput()
 		if err != nil {
 			program.err = errors.New(err.Error() + ": " + string(output))
