@@ -45,7 +45,7 @@ func (l *lab) delay(ctx context.Context, rate int) (s sample, err error) {
 	if err != nil {
 		return s, err
 	}
-	if err := l.awaitStream(ctx, w, placed); err != nil {
+	if _, err := l.awaitStream(ctx, w, placed); err != nil {
 		return s, err
 	}
 	micros, err := l.delays(ctx)
@@ -98,7 +98,7 @@ func (l *lab) redrive(ctx context.Context) (s sample, err error) {
 		return s, err
 	}
 	defer w.stop()
-	if err := l.awaitStream(ctx, w, redriven); err != nil {
+	if _, err := l.awaitStream(ctx, w, redriven); err != nil {
 		return s, err
 	}
 	if err := pause(ctx, 2*time.Second); err != nil { // the last of them is committed, and the worker knows the stream
@@ -118,7 +118,7 @@ func (l *lab) redrive(ctx context.Context) (s sample, err error) {
 	if err != nil {
 		return s, err
 	}
-	if err := l.awaitStream(ctx, w, 1); err != nil {
+	if _, err := l.awaitStream(ctx, w, 1); err != nil {
 		return s, err
 	}
 	begun := time.Since(forgotten)
@@ -135,22 +135,4 @@ func (l *lab) redrive(ctx context.Context) (s sample, err error) {
 	s.rate, s.used = time.Since(forgotten).Seconds(), watched()
 	s.note = fmt.Sprintf("begins after %.1f s; %d were mailed before Redis forgot", begun.Seconds(), before)
 	return s, nil
-}
-
-// awaitStream waits until there are as many entries in the stream.
-func (l *lab) awaitStream(ctx context.Context, p *process, entries int) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	for n := int64(0); n < int64(entries); {
-		var err error
-		if n, err = l.rdb.XLen(ctx, broker.Stream).Result(); err != nil {
-			return fmt.Errorf("after %d of %d events: %w", n, entries, err)
-		}
-		select {
-		case <-p.exited:
-			return fmt.Errorf("the worker ended: %s", lastLine(p.said.Bytes()))
-		case <-time.After(5 * time.Millisecond):
-		}
-	}
-	return nil
 }

@@ -75,16 +75,22 @@ func (l *lab) holdSnapshot(ctx context.Context) (release func(), err error) {
 
 // followStream returns how fast the stream grows, from the first events that are seen in it to the last.
 func (l *lab) followStream(ctx context.Context, p *process, events int) (rate float64, err error) {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute+time.Duration(events/2000)*time.Second)
+	first, err := l.awaitStream(ctx, p, 1)
+	if err != nil {
+		return 0, err
+	}
+	start := time.Now()
+	last, err := l.awaitStream(ctx, p, events)
+	return float64(last-first) / time.Since(start).Seconds(), err
+}
+
+// awaitStream waits until there are as many entries in the stream, and returns how many it has then.
+func (l *lab) awaitStream(ctx context.Context, p *process, entries int) (n int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute+time.Duration(entries/2000)*time.Second)
 	defer cancel()
-	var first, last int64
-	var start time.Time
-	for last < int64(events) {
-		if last, err = l.rdb.XLen(ctx, broker.Stream).Result(); err != nil {
-			return 0, fmt.Errorf("after %d of %d events: %w", last, events, err)
-		}
-		if first == 0 && last > 0 {
-			first, start = last, time.Now()
+	for n < int64(entries) {
+		if n, err = l.rdb.XLen(ctx, broker.Stream).Result(); err != nil {
+			return 0, fmt.Errorf("after %d of %d events: %w", n, entries, err)
 		}
 		select {
 		case <-p.exited:
@@ -92,7 +98,7 @@ func (l *lab) followStream(ctx context.Context, p *process, events int) (rate fl
 		case <-time.After(2 * time.Millisecond):
 		}
 	}
-	return float64(last-first) / time.Since(start).Seconds(), nil
+	return n, nil
 }
 
 // endToEnd places orders and waits until the last of them is mailed.
