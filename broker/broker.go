@@ -41,12 +41,16 @@ func EventOf(id uuid.UUID, source, eventType string, order uuid.UUID, at time.Ti
 // Publisher hands events to the broker.
 type Publisher interface {
 	// Publish returns nil when the broker has accepted every event, in their order, and a *RefusedError when it has accepted all
-	// but some that it refuses for what they are. After any other error any of them may have been accepted.
-	Publish(ctx context.Context, events []Event) error
+	// but some that it refuses for what they are. It accepts nothing when it is in another epoch than this, however late the call
+	// arrives; that, too, is an error. After any other any of the events may have been accepted.
+	Publish(ctx context.Context, epoch string, events []Event) error
 	// Epoch names one life of the broker's memory. Another one means that it may have forgotten what it accepted. When what it
-	// publishes into is gone, it makes that anew, but calls lost first: as long as there is nothing, nobody can publish.
-	Epoch(ctx context.Context, lost func(context.Context) error) (string, error)
+	// publishes into is gone, it makes that anew.
+	Epoch(ctx context.Context) (string, error)
 }
+
+// AnyEpoch is for what may be published whatever the broker forgot.
+const AnyEpoch = ""
 
 // RefusedError tells which events of a batch the broker refuses, and would refuse again. The others were accepted.
 type RefusedError struct {

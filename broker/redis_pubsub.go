@@ -50,7 +50,7 @@ func NewRedisPubSub(rdb redis.UniversalClient, log *slog.Logger) *RedisPubSub {
 
 // Publish sends the events in one pipeline. An event that nobody receives counts as accepted, as Pub/Sub has it: the log says
 // when that begins, and when it ends.
-func (b *RedisPubSub) Publish(ctx context.Context, events []Event) error {
+func (b *RedisPubSub) Publish(ctx context.Context, _ string, events []Event) error {
 	refused := map[int]error{}
 	cmds, err := b.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for i, e := range events {
@@ -96,7 +96,7 @@ func (b *RedisPubSub) heard(ctx context.Context, receivers int64) {
 
 // Epoch is always the same: what keeps nothing forgets nothing, so nothing is published again by itself, except once after a
 // change from another broker.
-func (b *RedisPubSub) Epoch(context.Context, func(context.Context) error) (string, error) {
+func (b *RedisPubSub) Epoch(context.Context) (string, error) {
 	return "redis-pubsub", nil
 }
 

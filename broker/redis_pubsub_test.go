@@ -81,7 +81,7 @@ func events(n int) []Event {
 
 func mustPublish(t testing.TB, b *RedisPubSub, events []Event) {
 	t.Helper()
-	if err := b.Publish(t.Context(), events); err != nil {
+	if err := b.Publish(t.Context(), AnyEpoch, events); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -253,7 +253,7 @@ func TestPubSubAnEventThatCannotBeEncodedIsRefusedAloneAndWhatIsNotAnEventIsTold
 	published := events(3)
 	published[1].Data = json.RawMessage("{")
 	var refused *RefusedError
-	if err := b.Publish(t.Context(), published); !errors.As(err, &refused) || len(refused.Events) != 1 || refused.Events[1] == nil {
+	if err := b.Publish(t.Context(), AnyEpoch, published); !errors.As(err, &refused) || len(refused.Events) != 1 || refused.Events[1] == nil {
 		t.Fatalf("publishing says %v", err)
 	}
 	mustReceive(t, l, []Event{published[0], published[2]})
@@ -279,7 +279,7 @@ func TestPubSubAListenerSurvivesItsRedisAndSaysWhatItMayHaveMissed(t *testing.T)
 	l := mustListen(t, b)
 	for round := range 2 {
 		server.Kill()
-		if err := b.Publish(t.Context(), events(1)); err == nil {
+		if err := b.Publish(t.Context(), AnyEpoch, events(1)); err == nil {
 			t.Fatal("published without a Redis")
 		}
 		server.Start()

@@ -19,8 +19,8 @@ const Stream = "orders.events"
 const (
 	// readSlack is how much longer than asked for a read may take.
 	readSlack = time.Second
-	// streamWait is after what time a consumer looks again whether there is a stream.
-	streamWait = 250 * time.Millisecond
+	// publishTries is how often a publishing that is disturbed by another's change of the stream is tried at once.
+	publishTries = 5
 )
 
 // RedisStreams publishes to a Redis stream, one field for each attribute of an event.
@@ -31,33 +31,62 @@ type RedisStreams struct {
 // NewRedisStreams returns the broker that publishes in rdb.
 func NewRedisStreams(rdb redis.UniversalClient) *RedisStreams { return &RedisStreams{redis: rdb} }
 
-// ErrForgot: the stream is not there any more.
-var ErrForgot = errors.New("the stream is lost")
+// ErrForgot: Redis is not in that epoch any more.
+var ErrForgot = errors.New("redis may have forgotten what it accepted")
 
-// Publish adds the events to the stream in one pipeline. It does not make a stream: Epoch does, which notices that it is new.
-func (b *RedisStreams) Publish(ctx context.Context, events []Event) error {
+// Publish adds the events to the stream in one transaction of Redis, in which nothing is done when the epoch is another by then:
+// asked for it, Redis watches the stream until the events are in, and one that was restarted since, or is another, is not at the
+// other end of the connection. It does not make a stream: Epoch does.
+func (b *RedisStreams) Publish(ctx context.Context, epoch string, events []Event) error {
 	if len(events) == 0 {
 		return nil
 	}
-	cmds, err := b.redis.Pipelined(ctx, func(p redis.Pipeliner) error {
+	var err error
+	for range publishTries {
+		if err = b.publish(ctx, epoch, events); !errors.Is(err, redis.TxFailedErr) {
+			break // else the stream was trimmed meanwhile, or forgotten
+		}
+	}
+	if err != nil && !errors.As(err, new(*RefusedError)) {
+		return fmt.Errorf("add %d events to stream %s: %w", len(events), Stream, err)
+	}
+	return err
+}
+
+func (b *RedisStreams) publish(ctx context.Context, epoch string, events []Event) error {
+	node, err := b.node(ctx)
+	if err != nil {
+		return err
+	}
+	conn := node.Conn()
+	defer conn.Close()
+	now, err := ask(ctx, conn, true)
+	if err == nil && epoch != AnyEpoch && epoch != now {
+		err = ErrForgot
+	}
+	if err != nil {
+		_ = conn.Do(ctx, "UNWATCH").Err() // a connection that cannot is given up
+		return err
+	}
+	cmds, err := conn.TxPipelined(ctx, func(p redis.Pipeliner) error {
 		for _, e := range events {
 			p.XAdd(ctx, &redis.XAddArgs{Stream: Stream, NoMkStream: true, Values: fields(e)})
 		}
 		return nil
 	})
-	if err == nil {
-		return nil
+	if err == nil || errors.Is(err, redis.TxFailedErr) {
+		return err
 	}
 	refused := map[int]error{}
 	for i, cmd := range cmds {
 		switch err := cmd.Err(); {
 		case err == nil:
 		case errors.Is(err, redis.Nil):
-			return fmt.Errorf("add %d events to stream %s: %w", len(events), Stream, ErrForgot)
+			return ErrForgot
 		case refuses(err):
 			refused[i] = err
 		default:
-			return fmt.Errorf("add %d events to stream %s: %w", len(events), Stream, err)
+			return err
 		}
 	}
 	return &RefusedError{Events: refused}
@@ -84,63 +113,96 @@ func refuses(err error) bool {
 const epochMark = "epoch:"
 
 // Epoch is another when Redis was restarted, when another server took over, and when the stream was lost.
-func (b *RedisStreams) Epoch(ctx context.Context, lost func(context.Context) error) (string, error) {
-	mark, err := b.mark(ctx, lost)
+func (b *RedisStreams) Epoch(ctx context.Context) (string, error) {
+	epoch, err := b.epoch(ctx)
 	if err != nil {
-		return "", fmt.Errorf("mark stream %s: %w", Stream, err)
+		return "", fmt.Errorf("ask for the epoch of stream %s: %w", Stream, err)
 	}
-	run, err := b.runID(ctx)
-	if err != nil {
-		return "", fmt.Errorf("ask Redis for its run id: %w", err)
-	}
-	return run + " " + mark, nil
+	return epoch, nil
 }
 
-// mark returns the mark of the stream, and marks one that has none, or makes it.
-func (b *RedisStreams) mark(ctx context.Context, lost func(context.Context) error) (string, error) {
-	groups, err := b.redis.XInfoGroups(ctx, Stream).Result()
-	if err != nil && !strings.HasSuffix(err.Error(), "no such key") {
+func (b *RedisStreams) epoch(ctx context.Context) (string, error) {
+	node, err := b.node(ctx)
+	if err != nil {
 		return "", err
 	}
-	for _, group := range groups {
+	epoch, err := ask(ctx, node, false)
+	if err != nil || epoch != "" {
+		return epoch, err
+	}
+	if err := node.XGroupCreateMkStream(ctx, Stream, epochMark+uuid.NewString(), "$").Err(); err != nil {
+		return "", err
+	}
+	epoch, err = ask(ctx, node, false)
+	if err == nil && epoch == "" {
+		err = ErrForgot // it has forgotten again
+	}
+	return epoch, err
+}
+
+// node returns a client of the server that has the stream: in a cluster, of the master of its slot.
+func (b *RedisStreams) node(ctx context.Context) (*redis.Client, error) {
+	switch c := b.redis.(type) {
+	case *redis.Client:
+		return c, nil
+	case *redis.ClusterClient:
+		return c.MasterForKey(ctx, Stream)
+	default:
+		return nil, fmt.Errorf("a client of another kind, %T", c)
+	}
+}
+
+// ask returns the epoch of a server's stream; none when the stream has no mark, or is not there. It names this run of the server, and
+// its part in replication: a server that was another's replica for a while is the same run with other data.
+func ask(ctx context.Context, server redis.Cmdable, watch bool) (string, error) {
+	var watched redis.Cmder = redis.NewStatusCmd(ctx)
+	var groups *redis.XInfoGroupsCmd
+	var run, replication *redis.StringCmd
+	_, _ = server.Pipelined(ctx, func(p redis.Pipeliner) error { // the commands have the errors
+		if watch {
+			watched = p.Do(ctx, "WATCH", Stream)
+		}
+		groups, run, replication = p.XInfoGroups(ctx, Stream), p.Info(ctx, "server"), p.Info(ctx, "replication")
+		return nil
+	})
+	if err := watched.Err(); err != nil {
+		return "", err
+	}
+	if err := groups.Err(); err != nil && !strings.HasSuffix(err.Error(), "no such key") {
+		return "", err
+	}
+	runID, err := infoLine(run, "run_id:")
+	if err != nil {
+		return "", err
+	}
+	replID, err := infoLine(replication, "master_replid:")
+	if err != nil {
+		return "", err
+	}
+	for _, group := range groups.Val() {
 		if strings.HasPrefix(group.Name, epochMark) {
-			return group.Name, nil
+			return runID + " " + replID + " " + group.Name, nil
 		}
 	}
-	if err := lost(ctx); err != nil {
-		return "", err
-	}
-	mark := epochMark + uuid.NewString()
-	return mark, b.redis.XGroupCreateMkStream(ctx, Stream, mark, "$").Err()
+	return "", nil
 }
 
-// runID names this run of the server that has the stream, and its part in replication: a server that was another's replica for a
-// while is the same run with other data. In a cluster it is the master of the stream's slot.
-func (b *RedisStreams) runID(ctx context.Context) (string, error) {
-	var server interface {
-		Info(ctx context.Context, section ...string) *redis.StringCmd
-	} = b.redis
-	if cluster, ok := b.redis.(*redis.ClusterClient); ok {
-		master, err := cluster.MasterForKey(ctx, Stream)
-		if err != nil {
-			return "", err
-		}
-		server = master
-	}
-	info, err := server.Info(ctx).Result()
-	if redis.HasErrorPrefix(err, "NOPERM") {
+// infoLine returns the line that begins so, of what a server says of itself. A Redis inside the process does not have these.
+func infoLine(info *redis.StringCmd, begins string) (string, error) {
+	switch err := info.Err(); {
+	case redis.HasErrorPrefix(err, "NOPERM"):
 		return "", fmt.Errorf("it must be allowed to say INFO: %w", err)
-	}
-	if err != nil {
+	case err != nil && strings.HasSuffix(err.Error(), "is not supported"):
+		return "", nil
+	case err != nil:
 		return "", err
 	}
-	var id []string
-	for line := range strings.SplitSeq(info, "\r\n") {
-		if strings.HasPrefix(line, "run_id:") || strings.HasPrefix(line, "master_replid:") {
-			id = append(id, line)
+	for line := range strings.SplitSeq(info.Val(), "\r\n") {
+		if strings.HasPrefix(line, begins) {
+			return line, nil
 		}
 	}
-	return strings.Join(id, " "), nil
+	return "", fmt.Errorf("its INFO does not say %s", begins)
 }
 
 func fields(e Event) []any {
@@ -195,8 +257,7 @@ func event(values map[string]any) (Event, error) {
 }
 
 // Subscribe returns the subscription of a consumer group. A delivery that is neither acknowledged nor kept for abandonedAfter is
-// received again. The group begins at the start of the stream, and is made again when it is missing; the stream itself is made by
-// Epoch alone, and until then there is nothing to receive. The name is for people who
+// received again. The group begins at the start of the stream; both are made again when they are missing. The name is for people who
 // look into Redis: nothing depends on it, and processes may share one. One that stays the same, like the host's, leaves no
 // names of the dead behind.
 func (b *RedisStreams) Subscribe(group, name string, abandonedAfter time.Duration) *RedisSubscription {
@@ -217,11 +278,8 @@ type RedisSubscription struct {
 func (s *RedisSubscription) Receive(ctx context.Context, limit int, wait time.Duration) ([]Delivery, error) {
 	deliveries, err := s.next(ctx, limit, wait)
 	if redis.HasErrorPrefix(err, "NOGROUP") {
-		switch made, err := s.createGroup(ctx); {
-		case err != nil:
+		if err := s.createGroup(ctx); err != nil {
 			return nil, err
-		case !made:
-			return nil, pause(ctx, min(wait, streamWait))
 		}
 		deliveries, err = s.next(ctx, limit, wait)
 	}
@@ -309,28 +367,13 @@ func (s *RedisSubscription) read(ctx context.Context, limit int, wait time.Durat
 	return streams[0].Messages, nil
 }
 
-// createGroup makes the group, and returns whether there is a stream to make it of. Made here, a stream that was lost would look
-// as if it had never been: a relay that has not looked since would publish into it, before what was lost.
-func (s *RedisSubscription) createGroup(ctx context.Context) (made bool, err error) {
-	err = s.redis.XGroupCreate(ctx, Stream, s.group, "0").Err()
-	switch {
-	case err == nil || redis.HasErrorPrefix(err, "BUSYGROUP"):
-		return true, nil
-	case strings.Contains(err.Error(), "requires the key to exist"):
-		return false, nil
-	default:
-		return false, fmt.Errorf("create consumer group %s of stream %s: %w", s.group, Stream, err)
+// createGroup makes the group, and the stream if there is none: without its mark, that is in no epoch yet.
+func (s *RedisSubscription) createGroup(ctx context.Context) error {
+	err := s.redis.XGroupCreateMkStream(ctx, Stream, s.group, "0").Err()
+	if err != nil && !redis.HasErrorPrefix(err, "BUSYGROUP") {
+		return fmt.Errorf("create consumer group %s of stream %s: %w", s.group, Stream, err)
 	}
-}
-
-// pause waits, unless ctx is done before.
-func pause(ctx context.Context, wait time.Duration) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-time.After(wait):
-		return nil
-	}
+	return nil
 }
 
 // Keep starts the deliveries' clocks anew in one command, without counting as another delivery.

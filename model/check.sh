@@ -62,12 +62,12 @@ check claim clean -DFAULTS=0 -DREMOVE_HORIZON -DLEFT_BEHIND # until the look bel
 check claim cycle -DFAULTS=0 -DSTRANGER -DREMOVE_LOOK
 
 check redrive clean
+check redrive clean -DOLD_DUMP
 check redrive clean -DFAULTS=1 -DFORGETS=1
 check redrive clean -DFAULTS=0 -DFORGETS=1 -DOLD_DUMP
-check redrive 'published|finished' -DREMOVE_NOTE_FIRST
-check redrive 'published|finished' -DREMOVE_NOMKSTREAM
+check redrive 'published|finished' -DREMOVE_FENCE
+check redrive 'published|finished' -DREMOVE_FENCE -DOLD_DUMP
 check redrive cycle -DFAULTS=0 -DFORGETS=1 -DREMOVE_EPOCH
-check redrive 'published|finished' -DSTANDSTILL # a gap that is known: see README.md
 
 check consume clean
 check consume clean -DFAULTS=3

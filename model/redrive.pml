@@ -13,7 +13,6 @@
 #ifndef FORGETS
 #define FORGETS 2
 #endif
-#define LOST (FORGETS + 1)
 #define NEVER 9
 #define bit(e) (1 << (e))
 #define has(set, e) (((set) >> (e)) & 1)
@@ -46,13 +45,22 @@ byte published; /* the set of events that were published in this life */
 /* Any round may look at the epoch, or not. With FAULTS, for the liveness property, the next one does after a failure and a while. */
 #ifdef FAULTS
 bool due = true;
-#define look_or_not checked = due
+#define look_or_not checked = due || seen == NEVER
 #define looked due = (checked -> false : due)
 #define look_next due = true
 #else
-#define look_or_not if :: checked = true :: epoch != NEVER -> checked = false fi /* the first round does */
+#define look_or_not if :: checked = true :: seen != NEVER -> checked = false fi
 #define looked skip
 #define look_next skip
+#endif
+
+/* What Redis asks before it adds an event. */
+#if defined(REMOVE_EPOCH)
+#define in_that_life true
+#elif defined(REMOVE_FENCE)
+#define in_that_life stream /* XADD with NOMKSTREAM, alone */
+#else
+#define in_that_life stream && marked && life == seen
 #endif
 
 proctype Writer()
@@ -78,7 +86,7 @@ proctype Redis()
 end:	do
 	:: atomic {
 		life < FORGETS -> life++; published = 0;
-#ifndef OLD_DUMP /* which has a stream, and its old mark */
+#ifndef OLD_DUMP /* which has a stream, and its old mark, but is another run of the server */
 		stream = false; marked = false
 #endif
 	}
@@ -91,15 +99,14 @@ proctype Consumer()
 end:	do
 	:: atomic { has(published & ~finished, 1) -> finished = finished | bit(1) }
 	:: atomic { has(published & ~finished, 2) -> finished = finished | bit(2) }
-#ifdef REMOVE_NOMKSTREAM
 	:: atomic { !stream -> stream = true } /* RedisSubscription.createGroup */
-#endif
 	od
 }
 
 /* Rounds: Relay.take */
 proctype Relay(byte r)
 {
+	byte seen = NEVER; /* the life in which this relay believes Redis to be, from its last committed look */
 	byte e, archive, again, known;
 	bool checked;
 end:
@@ -107,28 +114,17 @@ next_round:
 	atomic { turn == NOBODY -> turn = r; archive = archived; again = redriven; known = epoch; look_or_not };
 #ifndef REMOVE_EPOCH
 	if /* Relay.checkEpoch */
-	:: checked ->
-		if /* RedisStreams.Epoch */
-		:: atomic { stream && marked -> goto compare }
-		:: !(stream && marked) -> skip;
-#ifndef REMOVE_NOTE_FIRST
-			atomic { /* Relay.noteLost, in a transaction of its own */
-				redriven = (known == NEVER -> redriven : 0); epoch = (known == NEVER -> epoch : LOST);
-				again = redriven; known = epoch }
-#endif
-			if
-			:: atomic { stream = true; marked = true; goto compare } /* XGROUP CREATE with MKSTREAM */
-			:: atomic { possible -> count; goto failed }
-			fi
-		fi;
-compare:
-		atomic { /* StartRedrive */
-			again = (life == known -> again : (known == NEVER -> NEVER : 0));
-			known = life; goto claim }
 	:: atomic { !checked -> goto claim }
+	:: checked -> skip
 	fi;
-#else
-	stream = true; /* whoever publishes makes it */
+	do /* RedisStreams.Epoch */
+	:: atomic { stream && marked -> seen = life; break }
+	:: atomic { !(stream && marked) -> stream = true; marked = true } /* XGROUP CREATE with MKSTREAM */
+	:: atomic { possible -> count; goto failed }
+	od;
+	atomic { /* StartRedrive */
+		again = (seen == known -> again : (known == NEVER -> NEVER : 0));
+		known = seen };
 #endif
 claim:
 	atomic {
@@ -140,33 +136,29 @@ claim:
 		fi
 	};
 	if
-	:: atomic { e > 0 && stream -> /* XADD with NOMKSTREAM */
-#ifndef OLD_DUMP
-		assert(!(below(e) & ~(published | finished))); /* nothing overtakes what was lost */
-#endif
-		published = published | bit(e) }
-	:: atomic { e > 0 && !stream -> goto failed } /* ErrForgot */
-	:: e == 0
-#ifdef STANDSTILL
-	:: e > 0 -> turn = NOBODY; /* PostgreSQL ends its transaction, and then it goes on */
-		atomic {
-			if
-			:: stream -> assert(!(below(e) & ~(published | finished))); published = published | bit(e)
-			:: else
-			fi;
-			goto failed }
+	:: true
+#ifndef FAULTS /* what it publishes then is another's, and makes nothing more likely to be finished */
+	:: turn = NOBODY /* it stands still, PostgreSQL ends its transaction, and then it goes on */
 #endif
 	:: atomic { possible -> count; goto failed } /* it dies, or a server does not answer */
 	fi;
+	if /* RedisStreams.Publish */
+	:: atomic { e > 0 && in_that_life ->
+		assert(!(below(e) & ~(published | finished))); /* nothing overtakes what was lost */
+		published = published | bit(e) }
+	:: atomic { e > 0 && !(in_that_life) -> goto failed } /* ErrForgot */
+	:: e == 0
+	fi;
 	if
-	:: atomic { /* COMMIT, Relay.settle */
+	:: atomic { turn == r -> /* COMMIT, Relay.settle */
 		archived = archive; redriven = again; epoch = known; turn = NOBODY;
 		looked;
 		goto over }
+	:: turn != r
 	:: atomic { possible -> count; goto failed }
 	fi;
 failed:
-	atomic { turn = (turn == r -> NOBODY : turn); look_next };
+	atomic { turn = (turn == r -> NOBODY : turn); seen = NEVER; look_next };
 over:
 	atomic { e = 0; archive = 0; again = 0; known = 0; checked = false; goto next_round }
 }

@@ -159,7 +159,7 @@ func takeTurn(ctx context.Context, q *db.Queries) error {
 func (o *Operator) publish(ctx context.Context, events []broker.Event) (accepted []broker.Event, refused []error, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, publishTimeout, errors.New("the broker did not answer in time"))
 	defer cancel()
-	err = o.Publisher.Publish(ctx, events)
+	err = o.Publisher.Publish(ctx, broker.AnyEpoch, events)
 	var refusal *broker.RefusedError
 	if err != nil && !errors.As(err, &refusal) {
 		return nil, nil, fmt.Errorf("publish %d events: %w", len(events), err)

@@ -212,7 +212,7 @@ type refusing struct {
 	leave chan struct{} // a publication goes on when this is closed
 }
 
-func (r *refusing) Publish(ctx context.Context, events []broker.Event) error {
+func (r *refusing) Publish(ctx context.Context, epoch string, events []broker.Event) error {
 	if r.enter != nil {
 		r.enter <- struct{}{}
 		<-r.leave
@@ -222,10 +222,10 @@ func (r *refusing) Publish(ctx context.Context, events []broker.Event) error {
 	}
 	at := slices.IndexFunc(events, func(e broker.Event) bool { return e.ID == r.event })
 	if at < 0 {
-		return r.Publisher.Publish(ctx, events)
+		return r.Publisher.Publish(ctx, epoch, events)
 	}
 	rest := slices.Delete(slices.Clone(events), at, at+1)
-	return errors.Join(r.Publisher.Publish(ctx, rest), &broker.RefusedError{Events: map[int]error{at: errors.New("too odd")}})
+	return errors.Join(r.Publisher.Publish(ctx, epoch, rest), &broker.RefusedError{Events: map[int]error{at: errors.New("too odd")}})
 }
 
 func eventsIn(dead []Dead) []uuid.UUID {

@@ -37,10 +37,11 @@ func (r *Relay) checkEpoch(ctx context.Context, q *db.Queries, done *round) erro
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, publishTimeout, errors.New("the broker did not answer in time"))
 	defer cancel()
-	epoch, err := r.publisher.Epoch(ctx, func(ctx context.Context) error { return r.noteLost(ctx, state.Epoch) })
+	epoch, err := r.publisher.Epoch(ctx)
 	if err != nil {
 		return fmt.Errorf("ask the broker for its epoch: %w", err)
 	}
+	r.epoch = epoch
 	if epoch == state.Epoch {
 		return nil
 	}
@@ -52,18 +53,6 @@ func (r *Relay) checkEpoch(ctx context.Context, q *db.Queries, done *round) erro
 		done.note(r, slog.LevelWarn, "The broker may have forgotten events: those that are not finished are published again")
 	}
 	return nil
-}
-
-// lostEpoch is the epoch of a broker that has nothing to publish into.
-const lostEpoch = "lost"
-
-// noteLost has everything published again, in a transaction of its own: should this relay die when there is something to publish
-// into again, and before its turn is committed, no other shall publish anything new into that first.
-func (r *Relay) noteLost(ctx context.Context, known string) error {
-	if known == "" { // in its first life the broker has nothing to forget
-		return nil
-	}
-	return db.New(r.pool).StartRedrive(ctx, lostEpoch)
 }
 
 // publishAgain goes on with what has to be published again: after the broker forgot, everything that is not finished; else

@@ -19,35 +19,46 @@ import (
 	"idempotent-orders/internal/testenv"
 )
 
-// forgets is what can make a Redis forget what it accepted.
-var forgets = map[string]func(b *bench){
-	"it is flushed":              func(b *bench) { b.redis.FlushAll(b.t.Context()) },
-	"the stream is deleted":      func(b *bench) { b.redis.Del(b.t.Context(), broker.Stream) },
-	"it is killed, and is empty": func(b *bench) { b.server.Kill(); b.server.Forget(); b.server.Start() },
+// forgets is what can make a Redis forget. Each is told what Redis shall still know, and returns how to have it forget the rest.
+var forgets = map[string]func(b *bench) func(){
+	"it is flushed":         func(b *bench) func() { return func() { b.redis.FlushAll(b.t.Context()) } },
+	"the stream is deleted": func(b *bench) func() { return func() { b.redis.Del(b.t.Context(), broker.Stream) } },
+	"it is killed, and is empty": func(b *bench) func() {
+		return func() { b.server.Kill(); b.server.Forget(); b.startRedis() }
+	},
+	"it is killed, and has an old dump": func(b *bench) func() {
+		b.server.Kill()
+		restore := b.server.Keep()
+		b.startRedis()
+		return func() { b.server.Kill(); restore(); b.startRedis() }
+	},
+}
+
+// startRedis starts the Redis that was killed, and waits for it.
+func (b *bench) startRedis() {
+	b.t.Helper()
+	b.server.Start()
+	b.eventually("Redis is back", func() bool { return b.redis.Ping(b.t.Context()).Err() == nil })
 }
 
 func TestWhatRedisForgotIsPublishedAgainAndMailedOnce(t *testing.T) {
 	t.Parallel()
-	for name, forget := range forgets {
+	for name, prepare := range forgets {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := newBench(t)
 			relay, consumer := b.relay(b.broker), b.consumer("one", b.mails)
 			b.place(10)
 			b.drain(relay, consumer) // these are finished
+			forget := prepare(b)
 			lost := b.place(25)
-			if err := relay.Drain(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			forget(b)
-			fresh := b.place(5)
-			b.eventually("the relay notices", func() bool {
-				relay.checked = time.Time{}
-				_, err := relay.runOnce(t.Context())
-				return err == nil && len(b.published()) >= len(lost)
-			})
+			b.publish(relay)
+			forget()
+			want := append(b.published(), lost...)
+			want = append(want, b.place(5)...)
+			relay.checked = time.Time{}
 			b.drain(relay, consumer)
-			if got, want := b.published(), append(lost, fresh...); !slices.Equal(got, want) {
+			if got := b.published(); !slices.Equal(got, want) {
 				t.Errorf("published %d again, then new ones: %v; want %d: %v", len(got), got, len(want), want)
 			}
 			b.finished(40)
@@ -59,29 +70,10 @@ func TestWhatRedisForgotIsPublishedAgainAndMailedOnce(t *testing.T) {
 	}
 }
 
-func TestARedisThatComesBackWithAnOldDumpIsNoticed(t *testing.T) {
-	t.Parallel()
-	b := newBench(t)
-	relay, consumer := b.relay(b.broker), b.consumer("one", b.mails)
-	b.place(3)
-	b.drain(relay, consumer)
-	b.server.Kill()
-	restore := b.server.Keep()
-	b.server.Start()
-	b.eventually("Redis is back", func() bool { return b.redis.Ping(t.Context()).Err() == nil })
-	b.place(4)
-	if err := relay.Drain(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	b.server.Kill()
-	restore()
-	b.server.Start()
-	b.eventually("Redis is back, and four mails are sent", func() bool {
-		relay.checked = time.Time{}
-		return relay.Drain(t.Context()) == nil && consumer.Drain(t.Context()) == nil && len(b.mails.orders()) == 7
-	})
-	b.finished(7)
-	b.reconciled(0)
+// publish has the relay publish what there is, whatever it meets at first: after Redis was started again, its old connections.
+func (b *bench) publish(relay *Relay) {
+	b.t.Helper()
+	b.eventually("the relay publishes", func() bool { return relay.Drain(b.t.Context()) == nil })
 }
 
 func TestAnotherRelayGoesOnPublishingAgain(t *testing.T) {
@@ -132,7 +124,7 @@ type picky struct {
 	refuses map[string]bool
 }
 
-func (p *picky) Publish(ctx context.Context, events []broker.Event) error {
+func (p *picky) Publish(ctx context.Context, epoch string, events []broker.Event) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var good []broker.Event
@@ -144,7 +136,7 @@ func (p *picky) Publish(ctx context.Context, events []broker.Event) error {
 			good = append(good, e)
 		}
 	}
-	err := p.Publisher.Publish(ctx, good)
+	err := p.Publisher.Publish(ctx, epoch, good)
 	if err == nil && len(refused) > 0 {
 		err = &broker.RefusedError{Events: refused}
 	}
@@ -256,10 +248,10 @@ func TestAnEventThatIsRefusedWhenItIsPublishedAgainIsHeldBackWithItsOrder(t *tes
 	b.reconciled(0)
 }
 
-func TestAfterTheStreamIsLostNothingNewOvertakesWhatWasLost(t *testing.T) {
+func TestNothingNewOvertakesWhatRedisForgot(t *testing.T) {
 	t.Parallel()
 	dies := errors.New("it dies")
-	for name, meanwhile := range map[string]func(b *bench){
+	for what, meanwhile := range map[string]func(b *bench){
 		"nobody else notices": func(*bench) {},
 		"consumers notice": func(b *bench) {
 			if err := b.consumer("one", b.mails).Drain(b.t.Context()); err != nil {
@@ -273,32 +265,38 @@ func TestAfterTheStreamIsLostNothingNewOvertakesWhatWasLost(t *testing.T) {
 			}
 		},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := newBench(t)
-			relay := b.relay(b.broker)
-			relay.checkEvery = time.Hour
-			order := b.place(1)[0]
-			b.mustRun(relay, 1)
-			b.redis.FlushAll(t.Context())
-			meanwhile(b)
-			b.announce(order, "second")
-			if _, err := relay.runOnce(t.Context()); err != nil && !errors.Is(err, broker.ErrForgot) { // before it has asked for the epoch again
-				t.Fatalf("got %v; want nil or %v", err, broker.ErrForgot)
-			}
-			if err := relay.Drain(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			var types []string
-			for _, e := range b.redis.XRange(t.Context(), broker.Stream, "-", "+").Val() {
-				types = append(types, e.Values["type"].(string))
-			}
-			if want := []string{"order.created.v1", "second"}; !slices.Equal(types, want) {
-				t.Errorf("the stream has %v; want %v", types, want)
-			}
-			b.drain(relay, b.consumer("one", b.mails))
-			b.reconciled(0)
-		})
+		for how, prepare := range forgets {
+			t.Run(how+", "+what, func(t *testing.T) {
+				t.Parallel()
+				b := newBench(t)
+				relay := b.relay(b.broker)
+				b.publish(relay)
+				forget := prepare(b)
+				order := b.place(1)[0]
+				b.publish(relay)
+				forget()
+				meanwhile(b)
+				b.announce(order, "second")
+				relay.checkEvery = time.Hour
+				relay.checked = time.Now() // and will not ask by itself
+				b.publish(relay)
+				b.inOrder()
+				b.drain(relay, b.consumer("one", b.mails))
+				b.reconciled(0)
+			})
+		}
+	}
+}
+
+// inOrder checks that the stream has a first and a second event of the one order, in this order.
+func (b *bench) inOrder() {
+	b.t.Helper()
+	var types []string
+	for _, e := range b.redis.XRange(b.t.Context(), broker.Stream, "-", "+").Val() {
+		types = append(types, e.Values["type"].(string))
+	}
+	if want := []string{"order.created.v1", "second"}; !slices.Equal(types, want) {
+		b.t.Errorf("the stream has %v; want %v", types, want)
 	}
 }
 
@@ -308,11 +306,64 @@ type dyingInItsTurn struct {
 	err error
 }
 
-func (d dyingInItsTurn) Epoch(ctx context.Context, lost func(context.Context) error) (string, error) {
-	if _, err := d.RedisStreams.Epoch(ctx, lost); err != nil {
+func (d dyingInItsTurn) Epoch(ctx context.Context) (string, error) {
+	if _, err := d.RedisStreams.Epoch(ctx); err != nil {
 		return "", err
 	}
 	return "", d.err
+}
+
+// A relay has claimed an order's second event, and stands still. Meanwhile it loses its turn, and Redis forgets the first.
+func TestARelayThatStoodStillWhileRedisForgotPublishesNothing(t *testing.T) {
+	t.Parallel()
+	for how, prepare := range forgets {
+		t.Run(how, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			other := b.relay(b.broker)
+			b.publish(other)
+			forget := prepare(b)
+			order := b.place(1)[0]
+			b.publish(other)
+			b.announce(order, "second")
+
+			frozen := frozen{b.broker, make(chan struct{}), make(chan struct{})}
+			stalled := b.relay(frozen)
+			stalled.stallTimeout = 200 * time.Millisecond
+			outcome := make(chan error, 1)
+			go func() {
+				_, err := stalled.runOnce(t.Context())
+				outcome <- err
+			}()
+			<-frozen.froze
+			forget()
+			b.eventually("the other knows that Redis forgot", func() bool {
+				other.checked = time.Time{}
+				done, err := other.take(t.Context())
+				return err == nil && done.turn.Taken
+			})
+			close(frozen.thaw)
+			if err := <-outcome; !errors.Is(err, broker.ErrForgot) {
+				t.Errorf("the relay that stood still got %v; want %v", err, broker.ErrForgot)
+			}
+			b.publish(other)
+			b.inOrder()
+			b.drain(other, b.consumer("one", b.mails))
+			b.reconciled(0)
+		})
+	}
+}
+
+// frozen is a broker whose relay stands still before it publishes.
+type frozen struct {
+	*broker.RedisStreams
+	froze, thaw chan struct{}
+}
+
+func (f frozen) Publish(ctx context.Context, epoch string, events []broker.Event) error {
+	close(f.froze)
+	<-f.thaw
+	return f.RedisStreams.Publish(context.WithoutCancel(ctx), epoch, events)
 }
 
 func TestAServerThatWasAReplicaForAWhileIsNoticed(t *testing.T) {

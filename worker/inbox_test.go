@@ -308,7 +308,7 @@ func TestAnEventThatIsDeliveredAgainAfterItsMailIsNotMailedAgain(t *testing.T) {
 	b := newBench(t)
 	orders := b.place(2)
 	again := b.relay(publisher(func(ctx context.Context, events []broker.Event) error {
-		return errors.Join(b.broker.Publish(ctx, events), errors.New("killed"))
+		return errors.Join(b.broker.Publish(ctx, broker.AnyEpoch, events), errors.New("killed"))
 	}))
 	if _, err := again.runOnce(t.Context()); err == nil {
 		t.Fatal("the relay lived")

@@ -52,7 +52,8 @@ type Relay struct {
 	checkEvery   time.Duration
 	floor        floor
 	batch        int32     // the most events that the next round claims
-	checked      time.Time // when the broker was last known to be what it was
+	epoch        string    // the broker's, as this relay knows it
+	checked      time.Time // when it was last asked for, in a turn that committed
 }
 
 // NewRelay returns a relay from the outbox of a migrated database to publisher.
@@ -119,7 +120,7 @@ func (r *Relay) take(ctx context.Context) (round, error) {
 		return r.round(ctx, db.New(fault.SQL(tx)), &done)
 	})
 	if err != nil {
-		r.checked = time.Time{}        // the broker may not be what it was
+		r.checked = time.Time{}        // the broker may be in another epoch
 		r.batch = max(1, done.batch/2) // a smaller one may be done in time
 		return round{}, err
 	}
@@ -292,7 +293,7 @@ func (r *Relay) publish(ctx context.Context, events []broker.Event) ([]error, er
 			}
 			batch, places = append(batch, events[i]), append(places, i)
 		}
-		err := r.publisher.Publish(ctx, batch)
+		err := r.publisher.Publish(ctx, r.epoch, batch)
 		fault.RelayPublished.Reached()
 		var refusal *broker.RefusedError
 		if err != nil && !errors.As(err, &refusal) {

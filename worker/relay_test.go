@@ -255,7 +255,7 @@ func TestABatchThatIsPublishedTwiceIsMailedOnce(t *testing.T) {
 	orders := b.place(3)
 	// The relay dies after publishing and before its commit: the events go out, and stay in the outbox.
 	dies := b.relay(publisher(func(ctx context.Context, events []broker.Event) error {
-		return errors.Join(b.broker.Publish(ctx, events), errors.New("killed"))
+		return errors.Join(b.broker.Publish(ctx, broker.AnyEpoch, events), errors.New("killed"))
 	}))
 	if _, err := dies.runOnce(t.Context()); err == nil {
 		t.Fatal("the relay lived")
@@ -315,7 +315,7 @@ func TestARelayThatStallsInItsTurnLosesAndSkipsNothing(t *testing.T) {
 	stalled := b.relay(publisher(func(ctx context.Context, events []broker.Event) error {
 		close(claimed)
 		<-wake
-		return b.broker.Publish(context.WithoutCancel(ctx), events)
+		return b.broker.Publish(context.WithoutCancel(ctx), broker.AnyEpoch, events)
 	}))
 	stalled.stallTimeout = 200 * time.Millisecond
 	outcome := make(chan error, 1)
@@ -426,7 +426,7 @@ func TestWhileOneRelayHasTheTurnAnotherPublishesNothing(t *testing.T) {
 	first := b.relay(publisher(func(ctx context.Context, events []broker.Event) error {
 		close(publishing)
 		<-goOn
-		return b.broker.Publish(ctx, events)
+		return b.broker.Publish(ctx, broker.AnyEpoch, events)
 	}))
 	release := sync.OnceFunc(func() { close(goOn) })
 	t.Cleanup(release)
