@@ -16,12 +16,8 @@ import (
 // Stream is the Redis stream of events.
 const Stream = "orders.events"
 
-const (
-	// readSlack is how much longer than asked for a read may take.
-	readSlack = time.Second
-	// publishTries is how often a publishing that is disturbed by another's change of the stream is tried at once.
-	publishTries = 5
-)
+// readSlack is how much longer than asked for a read may take.
+const readSlack = time.Second
 
 // RedisStreams publishes to a Redis stream, one field for each attribute of an event.
 type RedisStreams struct {
@@ -41,11 +37,9 @@ func (b *RedisStreams) Publish(ctx context.Context, epoch string, events []Event
 	if len(events) == 0 {
 		return nil
 	}
-	var err error
-	for range publishTries {
-		if err = b.publish(ctx, epoch, events); !errors.Is(err, redis.TxFailedErr) {
-			break // else the stream was trimmed meanwhile, or forgotten
-		}
+	err := b.publish(ctx, epoch, events)
+	for errors.Is(err, redis.TxFailedErr) && ctx.Err() == nil { // the stream was trimmed or added to meanwhile, or forgotten
+		err = b.publish(ctx, epoch, events)
 	}
 	if err != nil && !errors.As(err, new(*RefusedError)) {
 		return fmt.Errorf("add %d events to stream %s: %w", len(events), Stream, err)
@@ -60,13 +54,15 @@ func (b *RedisStreams) publish(ctx context.Context, epoch string, events []Event
 	}
 	conn := node.Conn()
 	defer conn.Close()
-	now, err := ask(ctx, conn, true)
-	if err == nil && epoch != AnyEpoch && epoch != now {
-		err = ErrForgot
-	}
-	if err != nil {
-		_ = conn.Do(ctx, "UNWATCH").Err() // a connection that cannot is given up
-		return err
+	if epoch != AnyEpoch {
+		now, err := ask(ctx, conn, true)
+		if err == nil && epoch != now {
+			err = ErrForgot
+		}
+		if err != nil {
+			_ = conn.Do(ctx, "UNWATCH").Err() // a connection that cannot is given up
+			return err
+		}
 	}
 	cmds, err := conn.TxPipelined(ctx, func(p redis.Pipeliner) error {
 		for _, e := range events {
