@@ -42,6 +42,7 @@ func (b *RedisStreams) Publish(ctx context.Context, epoch string, events []Event
 		err = b.publish(ctx, epoch, events)
 	}
 	if err != nil && !errors.As(err, new(*RefusedError)) {
+		b.lookAgain(ctx)
 		return fmt.Errorf("add %d events to stream %s: %w", len(events), Stream, err)
 	}
 	return err
@@ -112,6 +113,7 @@ const epochMark = "epoch:"
 func (b *RedisStreams) Epoch(ctx context.Context) (string, error) {
 	epoch, err := b.epoch(ctx)
 	if err != nil {
+		b.lookAgain(ctx)
 		return "", fmt.Errorf("ask for the epoch of stream %s: %w", Stream, err)
 	}
 	return epoch, nil
@@ -145,6 +147,14 @@ func (b *RedisStreams) node(ctx context.Context) (*redis.Client, error) {
 		return c.MasterForKey(ctx, Stream)
 	default:
 		return nil, fmt.Errorf("a client of another kind, %T", c)
+	}
+}
+
+// lookAgain has a cluster's client ask again who has the stream. It would by itself after a minute: what is sent to one server alone
+// is not sent on to another.
+func (b *RedisStreams) lookAgain(ctx context.Context) {
+	if c, ok := b.redis.(*redis.ClusterClient); ok {
+		c.ReloadState(ctx)
 	}
 }
 

@@ -3,12 +3,19 @@ package broker
 import (
 	"context"
 	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 
 	"idempotent-orders/internal/connect"
+	"idempotent-orders/internal/local"
 	"idempotent-orders/internal/testenv"
 )
 
@@ -142,4 +149,101 @@ func TestAReplayIsNotDisturbedByWhatRelaysPublish(t *testing.T) {
 		t.Error(err)
 	}
 	b.has(t, batches+2)
+}
+
+func TestTheStreamIsFoundWhereItsSlotHasMovedTo(t *testing.T) {
+	t.Parallel()
+	from, to := startNode(t), startNode(t)
+	ctx := t.Context()
+	do := func(node *redis.Client, args ...any) string {
+		t.Helper()
+		reply, err := node.Do(ctx, args...).Text()
+		if err != nil {
+			t.Fatalf("%v: %v", args, err)
+		}
+		return reply
+	}
+	eventually := func(what string, is func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(20 * time.Second); !is(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("not after 20 s: %s", what)
+			}
+		}
+	}
+	if err := from.ClusterAddSlotsRange(ctx, 0, 16383).Err(); err != nil {
+		t.Fatal(err)
+	}
+	host, port, err := net.SplitHostPort(from.Options().Addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	do(to, "CLUSTER", "MEET", host, port)
+	for _, node := range []*redis.Client{from, to} {
+		eventually("the two are a cluster", func() bool {
+			info := do(node, "CLUSTER", "INFO")
+			return strings.Contains(info, "cluster_state:ok") && strings.Contains(info, "cluster_known_nodes:2")
+		})
+	}
+	rdb := connect.Redis([]string{from.Options().Addr, to.Options().Addr}, "")
+	t.Cleanup(func() { _ = rdb.Close() })
+	b := NewRedisStreams(rdb)
+	before := mustEpoch(t, b)
+	if err := b.Publish(ctx, before, events(2)); err != nil {
+		t.Fatal(err)
+	}
+
+	slot, fromID, toID := from.ClusterKeySlot(ctx, Stream).Val(), do(from, "CLUSTER", "MYID"), do(to, "CLUSTER", "MYID")
+	do(to, "CLUSTER", "SETSLOT", slot, "IMPORTING", fromID)
+	do(from, "CLUSTER", "SETSLOT", slot, "MIGRATING", toID)
+	from.Del(ctx, Stream)
+	do(to, "CLUSTER", "SETSLOT", slot, "NODE", toID)
+	do(from, "CLUSTER", "SETSLOT", slot, "NODE", toID)
+
+	if err := b.Publish(ctx, before, events(2)); err == nil {
+		t.Error("the stream is lost, and events were added")
+	}
+	eventually("events are added where the slot is now", func() bool {
+		epoch, err := b.Epoch(ctx)
+		return err == nil && epoch != before && b.Publish(ctx, epoch, events(3)) == nil
+	})
+	if n := to.XLen(ctx, Stream).Val(); n != 3 {
+		t.Errorf("the stream has %d events; want 3", n)
+	}
+}
+
+// startNode starts a server that can be part of a cluster.
+func startNode(t *testing.T) *redis.Client {
+	t.Helper()
+	server, err := local.StartRedis(t.Context(), local.RedisOptions{
+		Dir: testenv.Dir(t), Port: nodePort(t), Args: []string{"--cluster-enabled", "yes"}, Log: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		t.Fatalf("the tests need redis-server: %v\nrun `make test`, which installs it, or install redis-server", err)
+	}
+	node := redis.NewClient(&redis.Options{Addr: server.Addr()})
+	t.Cleanup(func() {
+		_ = node.Close()
+		_ = server.Kill()
+	})
+	return node
+}
+
+// nodePort returns a free port of which the one ten thousand above is free too, where the servers of a cluster talk.
+func nodePort(t *testing.T) int {
+	t.Helper()
+	free := func(port int) bool {
+		listener, err := net.Listen("tcp4", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+		if err == nil {
+			_ = listener.Close()
+		}
+		return err == nil
+	}
+	for range 100 {
+		if port := 11_000 + rand.N(10_000); free(port) && free(port+10_000) {
+			return port
+		}
+	}
+	t.Fatal("no two ports are free")
+	return 0
 }
