@@ -2,6 +2,8 @@ package worker
 
 import (
 	"bytes"
+	"context"
+	"log/slog"
 	"os/exec"
 	"path/filepath"
 	"sync"
@@ -11,6 +13,8 @@ import (
 	"github.com/google/uuid"
 
 	"idempotent-orders/idempotency"
+	"idempotent-orders/internal/local"
+	"idempotent-orders/internal/testenv"
 	"idempotent-orders/order"
 	"idempotent-orders/reconcile"
 )
@@ -121,7 +125,7 @@ func TestSixteenRelaysAndFourConsumersShareTheWork(t *testing.T) {
 }
 
 // Transaction ids, sequences and positions are others in a new cluster, and its Redis knows nothing.
-func TestADumpGoesOnInANewDatabase(t *testing.T) {
+func TestADumpGoesOnInANewCluster(t *testing.T) {
 	t.Parallel()
 	old := newBench(t)
 	relay, consumer := old.relay(old.broker), old.consumer("one", old.mails)
@@ -135,11 +139,10 @@ func TestADumpGoesOnInANewDatabase(t *testing.T) {
 
 	b := newBench(t)
 	b.mails = old.mails
-	var bin string
+	address, bin := anotherPostgreSQL(t), ""
+	b.pool = testenv.Pool(t, address)
+	b.orders = order.NewStore(b.pool, time.Hour, nil)
 	if err := old.pool.QueryRow(t.Context(), "SELECT setting FROM pg_config() WHERE name = 'BINDIR'").Scan(&bin); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := b.pool.Exec(t.Context(), "DROP SCHEMA public CASCADE; CREATE SCHEMA public"); err != nil {
 		t.Fatal(err)
 	}
 	run := func(in []byte, name string, args ...string) []byte {
@@ -152,11 +155,29 @@ func TestADumpGoesOnInANewDatabase(t *testing.T) {
 		return out.Bytes()
 	}
 	dump := run(nil, "pg_dump", "--dbname", old.pool.Config().ConnString())
-	run(dump, "psql", "--quiet", "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--dbname", b.pool.Config().ConnString())
-	b.pool.Reset() // what its connections have prepared is gone
+	run(dump, "psql", "--quiet", "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--dbname", address)
 
 	b.place(5)
 	b.drain(b.relay(b.broker), b.consumer("one", b.mails))
 	b.finished(20)
 	b.reconciled(0)
+}
+
+// anotherPostgreSQL starts a PostgreSQL beside that of the tests, and returns the address of its one database, which is empty.
+func anotherPostgreSQL(t *testing.T) string {
+	t.Helper()
+	server, err := local.StartPostgreSQL(t.Context(), local.PostgreSQLOptions{
+		Dir: testenv.Dir(t), Log: slog.New(slog.DiscardHandler), Settings: map[string]string{"fsync": "off", "max_connections": "50"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		if err := server.Stop(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	return server.URL("postgres")
 }
