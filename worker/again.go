@@ -55,12 +55,19 @@ func (r *Relay) checkEpoch(ctx context.Context, q *db.Queries, done *round) erro
 	return nil
 }
 
+// errOtherEpoch: another relay has found the broker in another epoch since this one asked. Whichever of the two servers they reach is
+// right, what is published into the other would be lost, and nobody would look for it.
+var errOtherEpoch = errors.New("another relay knows another epoch of the broker")
+
 // publishAgain goes on with what has to be published again: after the broker forgot, everything that is not finished; else
 // events that are held back and whose time has come.
 func (r *Relay) publishAgain(ctx context.Context, q *db.Queries, done *round) error {
 	state, err := q.GetRelayState(ctx)
 	if err != nil {
 		return fmt.Errorf("read the relay's state: %w", err)
+	}
+	if state.Epoch != r.epoch {
+		return errOtherEpoch
 	}
 	if state.RedriveAt.Valid {
 		done.gated = true

@@ -366,6 +366,40 @@ func (f frozen) Publish(ctx context.Context, epoch string, events []broker.Event
 	return f.RedisStreams.Publish(context.WithoutCancel(ctx), epoch, events)
 }
 
+// Another server has taken over, and one of two relays has gone on with it. The other still reaches the old one, which has forgotten
+// nothing and is about to go.
+func TestARelayOfTheOldServerPublishesNothingOnceAnotherWentOnWithTheNew(t *testing.T) {
+	t.Parallel()
+	for name, before := range map[string]func(b *bench){
+		"what is new":             func(b *bench) { b.place(1) },
+		"what is published again": func(b *bench) { b.exec("UPDATE relay_state SET redrive_at = finished_to, redrive_id = 0") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			old := b.redis
+			relayOfOld := b.relay(b.broker)
+			relayOfOld.checkEvery = time.Hour // it has just looked
+			b.place(1)
+			b.mustRun(relayOfOld, 1)
+
+			b.redis, b.server = testenv.Redis(t)
+			b.broker = broker.NewRedisStreams(b.redis)
+			relay := b.relay(b.broker)
+			b.publish(relay)
+			before(b)
+			if n, err := relayOfOld.runOnce(t.Context()); n != 0 || !errors.Is(err, errOtherEpoch) {
+				t.Errorf("the old server was given %d events, %v", n, err)
+			}
+			if n := old.XLen(t.Context(), broker.Stream).Val(); n != 1 {
+				t.Errorf("the old server has %d events; want the one from before", n)
+			}
+			b.drain(relay, b.consumer("one", b.mails))
+			b.reconciled(0)
+		})
+	}
+}
+
 func TestAServerThatWasAReplicaForAWhileIsNoticed(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)

@@ -160,7 +160,7 @@ func (r *Relay) round(ctx context.Context, q *db.Queries, done *round) (err erro
 			return err
 		}
 	}
-	rows, err := q.ClaimOutboxBatch(ctx, db.ClaimOutboxBatchParams{Floor: r.floor.get(), BatchSize: done.batch})
+	rows, err := q.ClaimOutboxBatch(ctx, db.ClaimOutboxBatchParams{Floor: r.floor.get(), Epoch: r.epoch, BatchSize: done.batch})
 	if err != nil {
 		return fmt.Errorf("claim a batch: %w", err)
 	}

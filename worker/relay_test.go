@@ -176,7 +176,7 @@ func TestUnderAnOldSnapshotAPollDoesNotWalkOverWhatWasPublished(t *testing.T) {
 		if err := tx.QueryRow(t.Context(), before).Scan(&at); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := db.New(tx).ClaimOutboxBatch(t.Context(), db.ClaimOutboxBatchParams{Floor: r.floor.get(), BatchSize: 1000}); err != nil {
+		if _, err := db.New(tx).ClaimOutboxBatch(t.Context(), db.ClaimOutboxBatchParams{Floor: r.floor.get(), Epoch: r.epoch, BatchSize: 1000}); err != nil {
 			t.Fatal(err)
 		}
 		if err := errors.Join(tx.QueryRow(t.Context(), before).Scan(&walked), tx.Rollback(t.Context())); err != nil || walked-at > 10 {

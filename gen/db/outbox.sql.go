@@ -53,8 +53,8 @@ WITH turn AS MATERIALIZED (
     SELECT clock_timestamp() AS at
 ), claimed AS MATERIALIZED (
     SELECT o.id FROM outbox o
-    WHERE o.id > $1 AND (SELECT s.redrive_at IS NULL FROM relay_state s WHERE s.one)
-    ORDER BY o.id LIMIT $2 FOR UPDATE SKIP LOCKED
+    WHERE o.id > $1 AND (SELECT s.redrive_at IS NULL AND s.epoch = $2 FROM relay_state s WHERE s.one)
+    ORDER BY o.id LIMIT $3 FOR UPDATE SKIP LOCKED
 ), moved AS (
     DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT claimed.id FROM claimed))
     RETURNING id, event_id, aggregate_id, event_type, source, payload, traceparent, created_at
@@ -73,6 +73,7 @@ FROM moved ORDER BY id
 
 type ClaimOutboxBatchParams struct {
 	Floor     int64
+	Epoch     string
 	BatchSize int32
 }
 
@@ -90,12 +91,12 @@ type ClaimOutboxBatchRow struct {
 }
 
 // Moves the next events above the floor, in the order of id, from the outbox to the archive, and returns them, with whether
-// others of their order are held back. Claims nothing while events are published again: those come first. published_at is not
-// the time of the transaction, which may have begun before the turn of another: in the archive events are in the order of turns.
+// others of their order are held back. Claims nothing while events are published again: those come first; nor when the relays know
+// another epoch than this one does. published_at is not the time of the transaction, which may have begun before the turn of another: in the archive events are in the order of turns.
 // The claim is materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more. The rows are deleted by
 // an array of ids: a join, once it was planned for an empty outbox, would scan a full one.
 func (q *Queries) ClaimOutboxBatch(ctx context.Context, arg ClaimOutboxBatchParams) ([]ClaimOutboxBatchRow, error) {
-	rows, err := q.db.Query(ctx, claimOutboxBatch, arg.Floor, arg.BatchSize)
+	rows, err := q.db.Query(ctx, claimOutboxBatch, arg.Floor, arg.Epoch, arg.BatchSize)
 	if err != nil {
 		return nil, err
 	}
