@@ -28,7 +28,8 @@ func (l *lab) scripts(ctx context.Context) (s sample, err error) {
 		return s, err
 	}
 	key := freshKeys()
-	var n, done, failed atomic.Int64
+	var n atomic.Uint64
+	var done, failed atomic.Int64
 	var clients errgroup.Group
 	own, watched, start := cpuSeconds(os.Getpid(), false), l.watch(nil), time.Now()
 	for range 2 {
@@ -37,7 +38,7 @@ func (l *lab) scripts(ctx context.Context) (s sample, err error) {
 				cmds, err := l.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 					for range statement {
 						// Keys and tokens are as long as the project's.
-						k := key(uint64(n.Add(1)))
+						k := key(n.Add(1))
 						lua.Reserve.EvalSha(ctx, p, []string{"idempotency:1234567" + k}, k, 10_000)
 					}
 					return nil

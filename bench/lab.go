@@ -213,7 +213,7 @@ func (p *process) ready(ctx context.Context) error {
 			return err
 		}
 		if response, err := http.DefaultClient.Do(request); err == nil {
-			response.Body.Close()
+			_ = response.Body.Close()
 			if response.StatusCode == http.StatusOK {
 				return nil
 			}

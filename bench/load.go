@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"os"
 	"os/exec"
@@ -54,7 +55,7 @@ type answers struct {
 // as random ones are, but cost the generator less. Each call counts on from its argument.
 func freshKeys() func(n uint64) string {
 	tail := uuid.NewString()[8:]
-	return func(n uint64) string { return fmt.Sprintf("%08x%s", uint32(n*2654435761), tail) }
+	return func(n uint64) string { return fmt.Sprintf("%08x%s", n*2654435761&math.MaxUint32, tail) }
 }
 
 // closed sends load in a closed loop, from another process: wrk, or without it vegeta.

@@ -140,7 +140,7 @@ func bench(ctx context.Context, o options, stdout, stderr io.Writer) (err error)
 	case ctx.Err() != nil:
 		return errors.New("interrupted; nothing was written")
 	case o.out != "":
-		if err := os.WriteFile(o.out, []byte(text), 0o644); err != nil {
+		if err := os.WriteFile(o.out, []byte(text), 0o644); err != nil { // #nosec G306 -- for everybody to read
 			return fmt.Errorf("write the figures: %w; name another file with --out", err)
 		}
 	}

@@ -151,7 +151,7 @@ func (l *lab) idleConnections(ctx context.Context) (sample, error) {
 	defer func() {
 		for _, conn := range conns {
 			if conn != nil {
-				conn.Close()
+				_ = conn.Close()
 			}
 		}
 	}()

@@ -330,7 +330,7 @@ func (k *keyLog) judgePlaced(header http.Header, content []byte) (outcome, answe
 		return wrong, answer{}
 	}
 	digest := fnv.New64a()
-	digest.Write(content)
+	_, _ = digest.Write(content)
 	for _, name := range []string{"Content-Type", "Location", "Idempotency-Expires"} {
 		fmt.Fprintf(digest, "\n%s: %s", name, header.Get(name))
 	}

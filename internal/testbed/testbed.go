@@ -24,7 +24,7 @@ func Folder(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return dir, os.Chmod(dir, 0o755)
+	return dir, os.Chmod(dir, 0o755) // #nosec G302 -- a folder
 }
 
 // Build builds the program in a folder, with flags for go build, and returns where it is. It finds the project from anywhere in it.

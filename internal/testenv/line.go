@@ -32,7 +32,7 @@ func CutLine(t testing.TB, address string, where Cut) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { listener.Close() })
+	t.Cleanup(func() { _ = listener.Close() })
 	p := &proxy{listener: listener, backend: u.Host, where: where}
 	go p.serve()
 	u.Host = listener.Addr().String()
@@ -54,7 +54,7 @@ func (p *proxy) serve() {
 		}
 		server, err := net.Dial("tcp", p.backend)
 		if err != nil {
-			client.Close()
+			_ = client.Close()
 			return
 		}
 		var cutting atomic.Bool // from the next reply on: what it replies to is executed
@@ -64,7 +64,7 @@ func (p *proxy) serve() {
 			}
 			p.once.Do(func() { cutting.Store(true) })
 			if cutting.Load() && p.where == AfterCommitForGood {
-				p.listener.Close()
+				_ = p.listener.Close()
 			}
 			return cutting.Load() && p.where == BeforeCommit
 		})
