@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -39,8 +40,8 @@ func sampleOf(a answers) sample {
 	return sample{rate: float64(a.Requests-a.Refused) / a.Micros * 1e6, p50: a.P50, p99: a.P99, failed: a.Refused + a.Broken, load: a.cores}
 }
 
-// intake places orders in a closed loop, and makes sure that each answer stands for an order.
-func (l *lab) intake(ctx context.Context, contender string, pool *pgxpool.Pool, connections int) (sample, error) {
+// intake places orders in a closed loop, and makes sure that each answer stands for an order. The contender gets env besides.
+func (l *lab) intake(ctx context.Context, contender string, pool *pgxpool.Pool, o load, env ...string) (sample, error) {
 	if err := l.reset(ctx); err != nil {
 		return sample{}, err
 	}
@@ -48,12 +49,13 @@ func (l *lab) intake(ctx context.Context, contender string, pool *pgxpool.Pool, 
 	if err != nil {
 		return sample{}, err
 	}
-	p, err := l.start(ctx, contender, pool.Config().ConnConfig.Database)
+	p, err := l.start(ctx, contender, pool.Config().ConnConfig.Database, env...)
 	if err != nil {
 		return sample{}, err
 	}
 	defer p.stop()
-	s, measured, warm, err := l.measureClosed(ctx, p, load{Connections: connections, Body: body})
+	o.Body = body
+	s, measured, warm, err := l.measureClosed(ctx, p, o)
 	if err != nil || contender == emptyServer {
 		return s, err
 	}
@@ -63,10 +65,23 @@ func (l *lab) intake(ctx context.Context, contender string, pool *pgxpool.Pool, 
 		return s, err
 	}
 	answered := measured.Requests - measured.Refused + warm.Requests - warm.Refused
-	if placed := after - before; placed < answered || placed > answered+2*connections {
+	if placed := after - before; placed < answered || placed > answered+2*o.Connections {
 		return s, fmt.Errorf("%d orders were answered, and %d placed", answered, placed)
 	}
 	return s, nil
+}
+
+// tokenOf and apiKey make a caller's bearer token, as long as those that the README has people make, and its entry in API_KEYS.
+func tokenOf(caller string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(caller))) }
+
+func apiKey(caller string) string {
+	return fmt.Sprintf("%s=%x", caller, sha256.Sum256([]byte(tokenOf(caller))))
+}
+
+// intakeOfCaller places the orders of one of three callers with API keys.
+func (l *lab) intakeOfCaller(ctx context.Context) (sample, error) {
+	keys := "API_KEYS=" + apiKey("first") + "," + apiKey("second") + "," + apiKey("third")
+	return l.intake(ctx, server, l.pool, load{Connections: clientsSome, Token: tokenOf("second")}, keys)
 }
 
 // intakeIntoFull fills the full database when it is first asked to.
@@ -79,7 +94,7 @@ func (l *lab) intakeIntoFull(ctx context.Context) (sample, error) {
 	if _, err := l.full.Exec(ctx, "TRUNCATE outbox"); err != nil {
 		return sample{}, err
 	}
-	return l.intake(ctx, server, l.full, clientsMany)
+	return l.intake(ctx, server, l.full, load{Connections: clientsMany})
 }
 
 // fill makes the full database: ids in order of time, as UUIDv7s are, and keys in no order, as clients make them.

@@ -40,6 +40,7 @@ const (
 
 // Names that the goals ask for.
 const (
+	nameOfCaller   = "intake with API keys, 64 connections"
 	nameRedis      = "Redis, reserve script pipelined"
 	nameReplay     = "replay of one key"
 	nameMismatch   = "mismatch"
@@ -101,7 +102,9 @@ func (l *lab) measurements() []measurement {
 		}
 		all = append(all, measurement{group: group, name: nameOf(contender, connections), unit: unit, ours: contender == server,
 			settings: l.loadSettings(connections) + ", fresh keys",
-			take:     func(ctx context.Context) (sample, error) { return l.intake(ctx, contender, l.pool, connections) }})
+			take: func(ctx context.Context) (sample, error) {
+				return l.intake(ctx, contender, l.pool, load{Connections: connections})
+			}})
 	}
 	sameKey := func(name, settings string, take func(context.Context) (sample, error)) {
 		all = append(all, measurement{group: "same-key", name: name, unit: unitAnswers, ours: true,
@@ -134,6 +137,10 @@ func (l *lab) measurements() []measurement {
 	}
 	for _, connections := range []int{1, 16, clientsSome, clientsMany} {
 		closed("intake", server, connections)
+		if connections == clientsSome {
+			all = append(all, measurement{group: "intake", name: nameOfCaller, unit: unitOrders, ours: true, take: l.intakeOfCaller,
+				settings: l.loadSettings(connections) + ", fresh keys, one of 3 callers"})
+		}
 	}
 	all = append(all, measurement{group: "full", name: nameFull, unit: unitOrders, ours: true, long: true,
 		settings: l.loadSettings(clientsMany) + ", fresh keys; only the outbox is emptied", take: l.intakeIntoFull})

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -109,8 +108,7 @@ func (l *lab) besideFlood(ctx context.Context, flooded bool) (sample, error) {
 	if err := l.reset(ctx); err != nil {
 		return sample{}, err
 	}
-	hash := func(token string) string { return fmt.Sprintf("%s=%x", token, sha256.Sum256([]byte(token))) }
-	p, err := l.start(ctx, server, database, "API_KEYS="+hash("behaves")+","+hash("floods"), fmt.Sprintf("RATE_LIMIT=%d/s", callerRate))
+	p, err := l.start(ctx, server, database, "API_KEYS="+apiKey("behaves")+","+apiKey("floods"), fmt.Sprintf("RATE_LIMIT=%d/s", callerRate))
 	if err != nil {
 		return sample{}, err
 	}
@@ -119,12 +117,12 @@ func (l *lab) besideFlood(ctx context.Context, flooded bool) (sample, error) {
 	group, _ := errgroup.WithContext(ctx)
 	if flooded {
 		group.Go(func() (err error) {
-			flood, err = l.closed(ctx, load{Addr: p.addr, Connections: floodConns, Seconds: behavedSeconds + 2, Body: body, Token: "floods"})
+			flood, err = l.closed(ctx, load{Addr: p.addr, Connections: floodConns, Seconds: behavedSeconds + 2, Body: body, Token: tokenOf("floods")})
 			return err
 		})
 	}
 	watched := l.watch(p)
-	a, err := l.open(ctx, load{Addr: p.addr, Rate: behavedRate, Seconds: behavedSeconds, Body: body, Token: "behaves"})
+	a, err := l.open(ctx, load{Addr: p.addr, Rate: behavedRate, Seconds: behavedSeconds, Body: body, Token: tokenOf("behaves")})
 	if err := errors.Join(err, group.Wait()); err != nil {
 		return sample{}, err
 	}
