@@ -31,11 +31,12 @@ const template = "template_migrated"
 
 // postgres is started by the first test that wants a database, and stopped by Main.
 var postgres struct {
-	once   sync.Once
-	dir    string
-	server *local.PostgreSQL
-	err    error
-	count  atomic.Int64
+	once    sync.Once
+	dir     string
+	server  *local.PostgreSQL
+	dismiss func() // its guard
+	err     error
+	count   atomic.Int64
 }
 
 // Main runs a package's tests and stops what they started: call it from TestMain, with os.Exit.
@@ -49,6 +50,7 @@ func Main(m *testing.M) int {
 			fmt.Fprintln(os.Stderr, "stop the tests' PostgreSQL:", err)
 			code = max(code, 1)
 		}
+		postgres.dismiss()
 	}
 	if postgres.dir != "" {
 		_ = os.RemoveAll(postgres.dir)
@@ -103,6 +105,7 @@ func Redis(t testing.TB) (redis.UniversalClient, *RedisServer) {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
 		_ = s.server.Stop(ctx)
+		s.dismiss()
 	})
 	client := connect.Redis([]string{s.Addr()}, "")
 	t.Cleanup(func() { _ = client.Close() })
@@ -111,10 +114,11 @@ func Redis(t testing.TB) (redis.UniversalClient, *RedisServer) {
 
 // RedisServer is a redis-server of one test.
 type RedisServer struct {
-	t      testing.TB
-	dir    string
-	port   int
-	server *local.Redis
+	t       testing.TB
+	dir     string
+	port    int
+	server  *local.Redis
+	dismiss func() // its guard
 }
 
 // Addr is where the server is; it stays the same when it is started again.
@@ -129,6 +133,9 @@ func (s *RedisServer) Start() {
 	server, err := local.StartRedis(s.t.Context(), local.RedisOptions{Dir: s.dir, Port: s.port, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		s.t.Fatalf("the tests need redis-server: %v\nrun `make test`, which installs it, or install redis-server", err)
+	}
+	if s.dismiss, err = guard(server.Pid(), s.dir); err != nil {
+		s.t.Fatal(err)
 	}
 	s.server = server
 	_, port, err := net.SplitHostPort(server.Addr())
@@ -146,6 +153,7 @@ func (s *RedisServer) Kill() {
 	if err := s.server.Kill(); err != nil {
 		s.t.Fatal(err)
 	}
+	s.dismiss()
 }
 
 // Forget removes what the killed server has on disk: started again, it is empty.
@@ -199,6 +207,9 @@ func startPostgreSQL() {
 			"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "500",
 		},
 	})
+	if postgres.err == nil {
+		postgres.dismiss, postgres.err = guard(postgres.server.Pid(), postgres.dir)
+	}
 	if postgres.err == nil {
 		postgres.err = migrations.Create(ctx, postgres.server.URL, template)
 	}
