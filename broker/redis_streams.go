@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -22,6 +23,16 @@ const readSlack = time.Second
 // RedisStreams publishes to a Redis stream, one field for each attribute of an event.
 type RedisStreams struct {
 	redis redis.UniversalClient
+
+	mu    sync.Mutex
+	known life // as it was seen last
+}
+
+// life is what Redis says of the stream.
+type life struct {
+	epoch string // none when the stream has no mark, or is not there
+	marks []string
+	last  entryID // the last that was added
 }
 
 // NewRedisStreams returns the broker that publishes in rdb.
@@ -57,7 +68,7 @@ func (b *RedisStreams) publish(ctx context.Context, epoch string, events []Event
 	defer conn.Close()
 	if epoch != AnyEpoch {
 		now, err := ask(ctx, conn, true)
-		if err == nil && epoch != now {
+		if err == nil && (epoch != now.epoch || b.isBehind(now)) {
 			err = ErrForgot
 		}
 		if err != nil {
@@ -71,6 +82,9 @@ func (b *RedisStreams) publish(ctx context.Context, epoch string, events []Event
 		}
 		return nil
 	})
+	if err == nil {
+		b.added(epoch, cmds[len(cmds)-1].(*redis.StringCmd).Val())
+	}
 	if err == nil || errors.Is(err, redis.TxFailedErr) {
 		return err
 	}
@@ -109,7 +123,8 @@ func refuses(err error) bool {
 // epochMark begins the name of a consumer group that nobody reads: it marks the stream, and is lost with it.
 const epochMark = "epoch:"
 
-// Epoch is another when Redis was restarted, when another server took over, and when the stream was lost.
+// Epoch is another when Redis was restarted, when another server took over, when the stream was lost, and when its last entry is
+// older than one that was seen.
 func (b *RedisStreams) Epoch(ctx context.Context) (string, error) {
 	epoch, err := b.epoch(ctx)
 	if err != nil {
@@ -124,18 +139,53 @@ func (b *RedisStreams) epoch(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	epoch, err := ask(ctx, node, false)
-	if err != nil || epoch != "" {
-		return epoch, err
+	now, err := ask(ctx, node, false)
+	if err == nil && (now.epoch == "" || b.isBehind(now)) {
+		now, err = mark(ctx, node, now.marks)
 	}
-	if err := node.XGroupCreateMkStream(ctx, Stream, epochMark+uuid.NewString(), "$").Err(); err != nil {
+	if err != nil {
 		return "", err
 	}
-	epoch, err = ask(ctx, node, false)
-	if err == nil && epoch == "" {
-		err = ErrForgot // it has forgotten again
+	b.mu.Lock()
+	b.known = now
+	b.mu.Unlock()
+	return now.epoch, nil
+}
+
+// mark gives the stream another mark than it had, and makes it if there is none.
+func mark(ctx context.Context, node *redis.Client, had []string) (life, error) {
+	_, err := node.Pipelined(ctx, func(p redis.Pipeliner) error {
+		for _, name := range had {
+			p.XGroupDestroy(ctx, Stream, name)
+		}
+		p.XGroupCreateMkStream(ctx, Stream, epochMark+uuid.NewString(), "$")
+		return nil
+	})
+	if err != nil {
+		return life{}, err
 	}
-	return epoch, err
+	now, err := ask(ctx, node, false)
+	if err == nil && now.epoch == "" {
+		err = ErrForgot // again
+	}
+	return now, err
+}
+
+// isBehind tells whether the stream has forgotten what it had, and not its mark: it was put back as it was.
+func (b *RedisStreams) isBehind(now life) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return now.epoch == b.known.epoch && now.last.less(b.known.last)
+}
+
+// added notes the last entry that was added.
+func (b *RedisStreams) added(epoch, id string) {
+	last, err := parseEntryID(id)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err == nil && epoch == b.known.epoch {
+		b.known.last = last
+	}
 }
 
 // node returns a client of the server that has the stream: in a cluster, of the master of its slot.
@@ -158,39 +208,46 @@ func (b *RedisStreams) lookAgain(ctx context.Context) {
 	}
 }
 
-// ask returns the epoch of a server's stream; none when the stream has no mark, or is not there. It names this run of the server, and
-// its part in replication: a server that was another's replica for a while is the same run with other data.
-func ask(ctx context.Context, server redis.Cmdable, watch bool) (string, error) {
+// ask returns what a server says of the stream. Its epoch names this run of the server, and its part in replication: a server that was
+// another's replica for a while is the same run with other data.
+func ask(ctx context.Context, server redis.Cmdable, watch bool) (now life, err error) {
 	var watched redis.Cmder = redis.NewStatusCmd(ctx)
+	var stream *redis.XInfoStreamCmd
 	var groups *redis.XInfoGroupsCmd
 	var run, replication *redis.StringCmd
 	_, _ = server.Pipelined(ctx, func(p redis.Pipeliner) error { // the commands have the errors
 		if watch {
 			watched = p.Do(ctx, "WATCH", Stream)
 		}
-		groups, run, replication = p.XInfoGroups(ctx, Stream), p.Info(ctx, "server"), p.Info(ctx, "replication")
+		stream, groups = p.XInfoStream(ctx, Stream), p.XInfoGroups(ctx, Stream)
+		run, replication = p.Info(ctx, "server"), p.Info(ctx, "replication")
 		return nil
 	})
-	if err := watched.Err(); err != nil {
-		return "", err
-	}
-	if err := groups.Err(); err != nil && !strings.HasSuffix(err.Error(), "no such key") {
-		return "", err
+	for _, cmd := range []redis.Cmder{watched, stream, groups} {
+		if err := cmd.Err(); err != nil && !strings.HasSuffix(err.Error(), "no such key") {
+			return now, err
+		}
 	}
 	runID, err := infoLine(run, "run_id:")
 	if err != nil {
-		return "", err
+		return now, err
 	}
 	replID, err := infoLine(replication, "master_replid:")
 	if err != nil {
-		return "", err
+		return now, err
+	}
+	if there := stream.Val(); there != nil {
+		now.last, _ = parseEntryID(there.LastGeneratedID) // a Redis inside the process has none at first
 	}
 	for _, group := range groups.Val() {
 		if strings.HasPrefix(group.Name, epochMark) {
-			return runID + " " + replID + " " + group.Name, nil
+			now.marks = append(now.marks, group.Name)
 		}
 	}
-	return "", nil
+	if len(now.marks) > 0 {
+		now.epoch = runID + " " + replID + " " + now.marks[0]
+	}
+	return now, nil
 }
 
 // infoLine returns the line that begins so, of what a server says of itself. A Redis inside the process does not have these.

@@ -23,6 +23,10 @@ import (
 var forgets = map[string]func(b *bench) func(){
 	"it is flushed":         func(b *bench) func() { return func() { b.redis.FlushAll(b.t.Context()) } },
 	"the stream is deleted": func(b *bench) func() { return func() { b.redis.Del(b.t.Context(), broker.Stream) } },
+	"the stream is put back as it was": func(b *bench) func() {
+		kept := b.redis.Dump(b.t.Context(), broker.Stream).Val()
+		return func() { b.redis.RestoreReplace(b.t.Context(), broker.Stream, 0, kept) }
+	},
 	"it is killed, and is empty": func(b *bench) func() {
 		return func() { b.server.Kill(); b.server.Forget(); b.startRedis() }
 	},
