@@ -51,7 +51,9 @@ const (
 	nameNoSweep    = "open loop at 1,000/s beside a worker with nothing to sweep"
 	nameSweep      = "open loop at 1,000/s beside a worker that sweeps everything"
 	nameAlone      = "open loop at 200/s of one caller, alone"
+	nameBehaves    = "open loop at 200/s of one caller, beside another that sends what it may, 1,000/s"
 	nameFlooded    = "open loop at 200/s of one caller, beside another that floods"
+	nameAtPeak     = "open loop, the server at its peak"
 	nameOverload   = "overload, 4,000 connections"
 	nameRedrive    = "mailed after Redis forgot 100,000 events"
 	nameEndToEnd   = "end to end"
@@ -159,17 +161,26 @@ func (l *lab) measurements() []measurement {
 			take: func(ctx context.Context) (sample, error) { return l.besideSweep(ctx, old) }})
 	}
 	all = append(all,
-		measurement{group: "overload", name: "overload, open loop", unit: unitOrders, once: true, take: l.overload,
+		measurement{group: "overload", name: nameAtPeak, unit: unitOrders, once: true,
+			take:     func(ctx context.Context) (sample, error) { return l.overload(ctx, 1, clientsMany, atPeakSeconds) },
+			settings: fmt.Sprintf("vegeta, as much as the peak, at most %d under way, %d s after 1 s of warm-up, fresh keys", clientsMany, atPeakSeconds)},
+		measurement{group: "overload", name: "overload, open loop", unit: unitOrders, once: true,
+			take: func(ctx context.Context) (sample, error) {
+				return l.overload(ctx, overloadFactor, overloadWorkers, overloadSeconds)
+			},
 			settings: fmt.Sprintf("vegeta, %d times the peak, at most %d under way, %d s after 1 s of warm-up, fresh keys", overloadFactor, overloadWorkers, overloadSeconds)},
 		measurement{group: "overload", name: nameOverload, unit: unitOrders, once: true,
 			take: l.overloadClosed, settings: fmt.Sprintf("%d connections for %d s, each sends again at once, fresh keys", overloadMany, overloadSeconds)},
 		measurement{group: "overload", name: "intake beside 10,000 idle connections", unit: unitOrders, once: true,
 			take: l.idleConnections, settings: l.loadSettings(clientsSome) + ", fresh keys"})
-	for _, flooded := range []bool{false, true} {
-		all = append(all, measurement{group: "flood", name: map[bool]string{false: nameAlone, true: nameFlooded}[flooded], unit: unitOrders, ours: true,
-			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys, RATE_LIMIT=%d/s; the flood: %d connections, each sends again at once", behavedSeconds, callerRate, floodConns),
-			take:     func(ctx context.Context) (sample, error) { return l.besideFlood(ctx, flooded) }})
+	beside := func(name, settings string, other *load) {
+		all = append(all, measurement{group: "flood", name: name, unit: unitOrders, ours: true,
+			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys, RATE_LIMIT=%d/s%s", behavedSeconds, callerRate, settings),
+			take:     func(ctx context.Context) (sample, error) { return l.beside(ctx, other) }})
 	}
+	beside(nameAlone, "", nil)
+	beside(nameBehaves, "; the other: vegeta, fixed rate", &load{Rate: callerRate})
+	beside(nameFlooded, fmt.Sprintf("; the flood: %d connections, each sends again at once", floodConns), &load{Connections: floodConns})
 	for _, events := range []int{drained, drainedLong} {
 		drain(events, false)
 		drain(events, true)

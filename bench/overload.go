@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -14,6 +15,7 @@ import (
 const (
 	overloadFactor  = 10
 	overloadSeconds = 60
+	atPeakSeconds   = 20
 	overloadWorkers = 8000 // requests under way from the generator
 	overloadMany    = 4000 // connections that send again at once
 	idleConns       = 10_000
@@ -21,23 +23,28 @@ const (
 	callerRate      = 1000 // requests a second that each caller may send
 	behavedRate     = 200  // and that one sends who behaves
 	behavedSeconds  = 20
+	newcomerEvery   = 50 * time.Millisecond
 	recoveryLimit   = 30 * time.Second
 )
 
-// overload offers many times the peak, open loop, for as long as a load may last, and then asks how soon it is over.
-func (l *lab) overload(ctx context.Context) (sample, error) {
+// overload offers a multiple of the peak, open loop, and then asks how soon it is over.
+func (l *lab) overload(ctx context.Context, factor float64, underWay, seconds int) (sample, error) {
 	peak := l.peak(server)
 	if peak < 1 {
 		return sample{}, errors.New("the rate follows from the peak; measure it in the same run: --only intake,overload")
 	}
-	o := load{Rate: int(overloadFactor * peak), Workers: overloadWorkers}
-	return l.overloaded(ctx, l.open, o, fmt.Sprintf("asked for %d/s", o.Rate))
+	o := load{Rate: int(factor * peak), Workers: underWay, Seconds: seconds}
+	s, err := l.overloaded(ctx, l.open, o, fmt.Sprintf("asked for %d/s", o.Rate))
+	if own := l.taken[nameAtPeak]; len(own) > 0 {
+		s.note += fmt.Sprintf("; %.2f of what this generator gets with %d under way", s.rate/own[0].rate, clientsMany)
+	}
+	return s, err
 }
 
 // overloadClosed has many connections send, and again at once when they are refused: that offers more than an open loop can on
 // the same machine.
 func (l *lab) overloadClosed(ctx context.Context) (sample, error) {
-	return l.overloaded(ctx, l.closed, load{Connections: overloadMany}, "latencies with those of refusals")
+	return l.overloaded(ctx, l.closed, load{Connections: overloadMany, Seconds: overloadSeconds}, "latencies with those of refusals")
 }
 
 func (l *lab) overloaded(ctx context.Context, send func(context.Context, load) (answers, error), o load, note string) (sample, error) {
@@ -53,9 +60,10 @@ func (l *lab) overloaded(ctx context.Context, send func(context.Context, load) (
 	if err != nil {
 		return sample{}, err
 	}
-	o.Addr, o.Seconds, o.Body = p.addr, overloadSeconds, body
-	watched := l.watch(p)
+	o.Addr, o.Body = p.addr, body
+	watched, refused := l.watch(p), comeAnew(ctx, p.addr)
 	a, err := send(ctx, o)
+	newcomers := refused()
 	if err != nil {
 		return sample{}, err
 	}
@@ -70,11 +78,52 @@ func (l *lab) overloaded(ctx context.Context, send func(context.Context, load) (
 	if a.Apart {
 		s.note += fmt.Sprintf(" with a p99 of %.0f ms", a.Refusal/1000)
 	}
+	if n := len(newcomers); n > 0 {
+		slices.Sort(newcomers)
+		s.note += fmt.Sprintf(", %d over a new connection with one of %.1f ms", n, newcomers[n*99/100]/1000)
+	}
 	if peak := l.peak(server); peak > 0 {
 		s.note += fmt.Sprintf("; %.2f of the peak", s.rate/peak)
 	}
 	s.note += fmt.Sprintf("; normal again after %.1f s", recovered.Seconds())
 	return s, nil
+}
+
+// comeAnew has somebody come anew every 50 ms, and place an order over a connection of its own. The returned function ends that, and
+// returns for those who were refused how long it took from the connect to the answer, in microseconds.
+func comeAnew(ctx context.Context, addr string) func() []float64 {
+	ctx, stop := context.WithCancel(ctx)
+	all := make(chan []float64, 1)
+	go func() {
+		var refused []float64
+		key, ticker := freshKeys(), time.NewTicker(newcomerEvery)
+		defer ticker.Stop()
+		for n := uint64(0); ; n++ {
+			select {
+			case <-ctx.Done():
+				all <- refused
+				return
+			case <-ticker.C:
+			}
+			if took, status := comesAnew(addr, key(n)); status >= 400 {
+				refused = append(refused, micros(took))
+			}
+		}
+	}()
+	return func() []float64 { stop(); return <-all }
+}
+
+// comesAnew connects, places an order, and returns how long that took; the status is 0 when there was no answer.
+func comesAnew(addr, key string) (took time.Duration, status int) {
+	start := time.Now()
+	conn, err := net.DialTimeout("tcp", addr, 5*time.Second)
+	if err != nil {
+		return 0, 0
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(start.Add(5 * time.Second))
+	status, _ = exchange(conn, bufio.NewReader(conn), rawRequest(load{Addr: addr, Body: body}, key))
+	return time.Since(start), status
 }
 
 // recovers returns how long it takes until ten orders in a row are placed in no more than the time that was normal.
@@ -103,21 +152,27 @@ func (l *lab) recovers(ctx context.Context, p *process, normal float64) (time.Du
 	return time.Since(start), nil
 }
 
-// besideFlood has one caller send 200 orders a second, alone or while another sends as much as it can and gets no more than its rate.
-func (l *lab) besideFlood(ctx context.Context, flooded bool) (sample, error) {
+// beside has one caller send 200 orders a second while another sends a load, if it is given one.
+func (l *lab) beside(ctx context.Context, other *load) (sample, error) {
 	if err := l.reset(ctx); err != nil {
 		return sample{}, err
 	}
-	p, err := l.start(ctx, server, database, "API_KEYS="+apiKey("behaves")+","+apiKey("floods"), fmt.Sprintf("RATE_LIMIT=%d/s", callerRate))
+	p, err := l.start(ctx, server, database, "API_KEYS="+apiKey("behaves")+","+apiKey("other"), fmt.Sprintf("RATE_LIMIT=%d/s", callerRate))
 	if err != nil {
 		return sample{}, err
 	}
 	defer p.stop()
-	var flood answers
+	var others answers
 	group, _ := errgroup.WithContext(ctx)
-	if flooded {
+	if other != nil {
+		o := *other
+		o.Addr, o.Seconds, o.Body, o.Token = p.addr, behavedSeconds+2, body, tokenOf("other")
+		send := l.closed
+		if o.Rate > 0 {
+			send = l.open
+		}
 		group.Go(func() (err error) {
-			flood, err = l.closed(ctx, load{Addr: p.addr, Connections: floodConns, Seconds: behavedSeconds + 2, Body: body, Token: tokenOf("floods")})
+			others, err = send(ctx, o)
 			return err
 		})
 	}
@@ -128,9 +183,9 @@ func (l *lab) besideFlood(ctx context.Context, flooded bool) (sample, error) {
 	}
 	s := sampleOf(a)
 	s.used = watched()
-	if flooded {
-		seconds := flood.Micros / 1e6
-		s.note = fmt.Sprintf("the other got %.0f orders/s and %.0f refusals/s", float64(flood.Requests-flood.Refused)/seconds, float64(flood.Refused)/seconds)
+	if other != nil {
+		seconds := others.Micros / 1e6
+		s.note = fmt.Sprintf("the other got %.0f orders/s and %.0f refusals/s", float64(others.Requests-others.Refused)/seconds, float64(others.Refused)/seconds)
 	}
 	return s, nil
 }

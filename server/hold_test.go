@@ -3,15 +3,16 @@ package server
 import (
 	"fmt"
 	"log/slog"
+	"slices"
 	"testing"
 	"time"
 )
 
-// holdsLong makes whoever is held from now on wait for minutes, as where many are, and returns how many are held.
-func (a *testAPI) holdsLong() int64 {
+// holdsLong makes whoever is held from now on wait for minutes, as where callers wait in many lines.
+func (a *testAPI) holdsLong() {
 	const minutes = 2
-	a.holds.held.Store(minutes * 60 * refusals)
-	return a.holds.held.Load()
+	a.holds.longest = time.Hour
+	a.holds.lines.Store(minutes * 60 * refusals)
 }
 
 // crowd fills the room of one caller with an order that is under way until the returned function is called.
@@ -68,16 +69,17 @@ func TestWhoLeavesIsHeldNoLonger(t *testing.T) {
 	plain := newAPI(t)
 	api := serveAPI(t, Config{Pool: plain.pool, Redis: plain.redis, Room: 1}, plain.server)
 	defer api.crowd()()
-	before := api.holdsLong()
+	api.holdsLong()
+	before := api.holds.lines.Load()
 	for range 3 {
 		conn := api.dial()
 		got, _ := conn.place("k")
 		got.problem(t, 503, "unavailable")
-		if n := api.holds.held.Load(); n != before+1 {
-			t.Errorf("%d are held; want %d", n, before+1)
+		if n := api.holds.lines.Load() - before; n != 1 {
+			t.Errorf("there are %d lines; want one", n)
 		}
 		conn.Close()
-		api.eventually("the connection is let go", func() bool { return api.holds.held.Load() == before })
+		api.eventually("the connection is let go", func() bool { return api.holds.lines.Load() == before })
 	}
 }
 
@@ -112,11 +114,12 @@ func TestWhoIsOverTheRateAndSendsAgainAtOnceWaits(t *testing.T) {
 	conn := api.dial()
 	got, _ := conn.place("k")
 	got.placed(t)
-	before := api.holdsLong()
+	api.holdsLong()
+	before := api.holds.lines.Load()
 	fmt.Fprint(conn, "POST /orders HTTP/1.1\r\nHost: x\r\nIdempotency-Key: k\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
 	got, closes := conn.read()
-	if got.problem(t, 429, "too-many-requests"); closes || api.holds.held.Load() != before+1 {
-		t.Errorf("closes %t, %d are held; want %d", closes, api.holds.held.Load(), before+1)
+	if got.problem(t, 429, "too-many-requests"); closes || api.holds.lines.Load() != before+1 {
+		t.Errorf("closes %t, there are %d lines; want one", closes, api.holds.lines.Load()-before)
 	}
 }
 
@@ -149,5 +152,88 @@ func TestAConnectionThatEndsIsNotHeld(t *testing.T) {
 			t.Errorf("%s: it is not closed", name)
 		}
 		conn.closed()
+	}
+}
+
+func TestACallerDoesNotWaitForAnothersFlood(t *testing.T) {
+	t.Parallel()
+	log := slog.New(slog.DiscardHandler)
+	h, r := holds{longest: longestHold}, newRoom(1, log)
+	refused := func(caller string) *line {
+		for {
+			if err := r.enter(t.Context(), caller); err != nil {
+				return err.(*refusal).line
+			}
+		}
+	}
+	flood, quiet := refused("floods"), refused("behaves")
+	for range 8000 {
+		h.join(flood)
+	}
+	if got := h.join(quiet); got > time.Millisecond {
+		t.Errorf("beside a flood of 8,000 connections one that was refused is held for %s", got)
+	}
+	if got := h.join(flood); got < 4*time.Second {
+		t.Errorf("one of a flood of 8,000 connections is held for %s", got)
+	}
+	for range 8001 {
+		h.leave(flood)
+	}
+	if h.leave(quiet); h.lines.Load() != 0 {
+		t.Errorf("nobody is held, and there are %d lines", h.lines.Load())
+	}
+}
+
+func TestHoweverManyAreHeldTheySendNoMoreThanCanBeRefused(t *testing.T) {
+	t.Parallel()
+	for name, is := range map[string]struct {
+		held []int // in each line
+		most float64
+	}{
+		"one": {[]int{1}, refusals}, "a flood": {[]int{4000}, refusals}, "all one flood": {[]int{maxConns}, refusals},
+		"two floods": {[]int{4000, 400}, refusals}, "many callers": {slices.Repeat([]int{1}, 1000), refusals},
+		// Who has thousands would wait for longer than any may.
+		"a flood beside others":    {[]int{8000, 1, 1, 1}, 2 * refusals},
+		"a flood beside many more": {append(slices.Repeat([]int{1}, maxConns/2), maxConns/2), 2 * refusals},
+	} {
+		h, lines := holds{longest: longestHold}, make([]line, len(is.held))
+		for i, n := range is.held {
+			for range n {
+				h.join(&lines[i])
+			}
+		}
+		again := 0.0
+		for i, n := range is.held {
+			h.leave(&lines[i])
+			again += float64(n) / h.join(&lines[i]).Seconds() // as each of them does that is refused again
+		}
+		if again > is.most*1.001 {
+			t.Errorf("%s: they send %.0f requests a second; want %.0f", name, again, is.most)
+		}
+	}
+}
+
+func TestALineMayBeSlowerThanItsShareForUpToASecond(t *testing.T) {
+	t.Parallel()
+	for name, is := range map[string]struct {
+		pace        time.Duration
+		connections int
+		held        time.Duration
+	}{
+		"no pace":                {0, 20, 10 * time.Millisecond},
+		"one, at a high rate":    {4 * time.Millisecond, 1, 4 * time.Millisecond},
+		"many, at a high rate":   {4 * time.Millisecond, 200, 800 * time.Millisecond},
+		"one, at a low rate":     {4 * time.Hour, 1, time.Second},
+		"more than can be read":  {4 * time.Millisecond, 4000, 2 * time.Second},
+		"a pace above the share": {time.Microsecond, 20, 10 * time.Millisecond},
+	} {
+		h, l := holds{longest: longestHold}, line{pace: is.pace}
+		held := time.Duration(0)
+		for range is.connections {
+			held = h.join(&l)
+		}
+		if held != is.held {
+			t.Errorf("%s: held for %s; want %s", name, held, is.held)
+		}
 	}
 }

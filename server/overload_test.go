@@ -39,8 +39,8 @@ func TestOneCallerDoesNotFillTheRoomForOthers(t *testing.T) {
 	for _, caller := range []string{"flood", "flood", "quiet", "other"} {
 		r.leave(caller)
 	}
-	if r.underWay.Load() != 0 || r.of("flood").Load() != 0 {
-		t.Errorf("an empty room has %d, %d", r.underWay.Load(), r.of("flood").Load())
+	if r.underWay.Load() != 0 || r.guest("flood").underWay.Load() != 0 {
+		t.Errorf("an empty room has %d, %d", r.underWay.Load(), r.guest("flood").underWay.Load())
 	}
 }
 

@@ -154,7 +154,8 @@ type refusal struct {
 	detail  string // empty: that of the problem
 	members []api.ProblemMember
 
-	retryAfter int // seconds; 0: as the problem says
+	retryAfter int   // seconds; 0: as the problem says
+	line       *line // where the connection waits before it is read again; nil: it does not
 }
 
 func (r *refusal) Unwrap() error { return r.error }
@@ -175,10 +176,11 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	id := uuid.Must(uuid.NewV7()).String() // names the request in the log and in the problem
 	s.logProblem(r, p, id, err)
 
+	var line *line
 	body := api.Problem{Type: "/problems/" + p.name, Title: p.title, Status: p.status, Detail: p.detail, Instance: id}
 	if said := (*refusal)(nil); errors.As(err, &said) {
 		body.Detail = cmp.Or(said.detail, p.detail)
-		p.retryAfter = cmp.Or(said.retryAfter, p.retryAfter)
+		p.retryAfter, line = cmp.Or(said.retryAfter, p.retryAfter), said.line
 		if len(said.members) > 0 {
 			body.Errors = &said.members
 		}
@@ -193,9 +195,10 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if p.status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", "Bearer")
 	}
-	tooMany, hold := errors.Is(err, errCrowded) || errors.Is(err, errTooManyRequests), time.Duration(0)
-	if tooMany {
-		hold = s.holds.join()
+	hold := time.Duration(0)
+	if line != nil {
+		hold = s.holds.join(line)
+		defer s.holds.leave(line)
 		p.retryAfter = max(p.retryAfter, int(math.Ceil(hold.Seconds())))
 	}
 	if p.retryAfter > 0 {
@@ -204,7 +207,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	h.Set("Content-Length", strconv.Itoa(buf.Len()))
 	w.WriteHeader(p.status)
 	_, _ = w.Write(buf.Bytes())
-	if tooMany {
+	if line != nil {
 		s.holds.hold(w, r, hold)
 	}
 }

@@ -24,7 +24,10 @@ const (
 	rateAway    = time.Second
 	// rateShare of the burst is what a process takes from Redis at once, so that it asks once for many requests.
 	rateShare = 20
-	// meters is how many callers a process meters at once, at some 300 bytes each, and metersFor how long after the last request.
+	// allowedPerRefusal is how many requests a caller is allowed in the time in which one is refused, when its clients send again at
+	// once: to be refused more often gives it nothing, and takes from others.
+	allowedPerRefusal = 4
+	// meters is how many callers a process meters at once, at some 350 bytes each, and metersFor how long after the last request.
 	meters    = 50_000
 	metersFor = 10 * time.Minute
 )
@@ -61,6 +64,7 @@ type meter struct {
 	tokens   int       // taken from Redis and not used yet; guarded by mu
 	emptyTil time.Time // Redis has none before; guarded by mu
 	alone    *rate.Limiter
+	line     line
 }
 
 // refusal returns the error for a request of a caller that is over its rate, and else nil.
@@ -69,14 +73,14 @@ func (l *Rates) refusal(ctx context.Context, caller string) error {
 		return nil
 	}
 	m, _ := l.callers.ComputeIfAbsent(caller, func() (*meter, bool) {
-		every := rate.Every(l.limit.Period / time.Duration(l.limit.Rate))
-		return &meter{alone: rate.NewLimiter(every, l.limit.Burst)}, false
+		each := l.limit.Period / time.Duration(l.limit.Rate)
+		return &meter{alone: rate.NewLimiter(rate.Every(each), l.limit.Burst), line: line{pace: allowedPerRefusal * each}}, false
 	})
 	wait := l.take(ctx, caller, m)
 	if wait <= 0 {
 		return nil
 	}
-	return &refusal{error: errTooManyRequests, retryAfter: max(1, int(math.Ceil(wait.Seconds())))}
+	return &refusal{error: errTooManyRequests, retryAfter: max(1, int(math.Ceil(wait.Seconds()))), line: &m.line}
 }
 
 // take takes a token, and returns 0, or how long there is none.

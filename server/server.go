@@ -90,7 +90,7 @@ func New(cfg Config) *Server {
 	}
 	s := &Server{
 		Config: cfg, mux: http.NewServeMux(), docs: sync.OnceValues(renderDocs),
-		working: newRoom(cfg.Room, cfg.Log), waiting: newRoom(cfg.Room, cfg.Log), holds: holds{released: make(chan struct{})},
+		working: newRoom(cfg.Room, cfg.Log), waiting: newRoom(cfg.Room, cfg.Log), holds: holds{longest: longestHold, released: make(chan struct{})},
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	strict := api.NewStrictHandlerWithOptions(s, nil, api.StrictHTTPServerOptions{
