@@ -35,7 +35,7 @@ func (s *Server) authenticated(r *http.Request) (*http.Request, error) {
 		return nil, errUnauthorized
 	}
 	name := s.Callers[found].Name
-	if l, ok := r.Context().Value(linkKey{}).(*link); ok {
+	if l := linkOf(r); l != nil {
 		l.carries(name)
 	}
 	return r.WithContext(context.WithValue(r.Context(), callerKey{}, name)), nil

@@ -49,15 +49,16 @@ func (h *holds) leave(l *line) {
 	}
 }
 
-// hold reads nothing from a connection after an answer, for no longer than the answer told. A connection that several callers
-// have used is not held, for one would wait for what another did, and neither is one that ends.
-func (h *holds) hold(w http.ResponseWriter, r *http.Request, d time.Duration) {
-	l, known := r.Context().Value(linkKey{}).(*link)
+// hold reads nothing from a connection in a line, for no longer than the answer told. A connection that several callers have used
+// is not held, for one would wait for what another did, and neither is one that ends.
+func (h *holds) hold(w http.ResponseWriter, r *http.Request, l *link) {
+	defer h.leave(l.line)
+	l.line = nil
 	ends := r.Close || w.Header().Get("Connection") == "close" // who sends it, or the server
-	if !known || l.shared || ends || http.NewResponseController(w).Flush() != nil {
+	if l.shared || ends || http.NewResponseController(w).Flush() != nil {
 		return
 	}
-	timer := time.NewTimer(d)
+	timer := time.NewTimer(l.held)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
@@ -68,8 +69,16 @@ func (h *holds) hold(w http.ResponseWriter, r *http.Request, d time.Duration) {
 
 // link is a client's connection, on which there is one request at a time.
 type link struct {
-	caller string // who sent on it
-	shared bool   // by several callers, through a proxy
+	caller string        // who sent on it
+	shared bool          // by several callers, through a proxy
+	line   *line         // that it has joined; nil: none
+	held   time.Duration // when it has, for how long
+}
+
+// linkOf returns the connection of a request, or nil when its server does not tell.
+func linkOf(r *http.Request) *link {
+	l, _ := r.Context().Value(linkKey{}).(*link)
+	return l
 }
 
 type linkKey struct{}

@@ -11,7 +11,6 @@ import (
 	"math"
 	"net/http"
 	"strconv"
-	"time"
 
 	"github.com/google/uuid"
 
@@ -195,11 +194,9 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if p.status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", "Bearer")
 	}
-	hold := time.Duration(0)
-	if line != nil {
-		hold = s.holds.join(line)
-		defer s.holds.leave(line)
-		p.retryAfter = max(p.retryAfter, int(math.Ceil(hold.Seconds())))
+	if l := linkOf(r); l != nil && line != nil {
+		l.line, l.held = line, s.holds.join(line)
+		p.retryAfter = max(p.retryAfter, int(math.Ceil(l.held.Seconds())))
 	}
 	if p.retryAfter > 0 {
 		h.Set("Retry-After", strconv.Itoa(p.retryAfter))
@@ -207,9 +204,6 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	h.Set("Content-Length", strconv.Itoa(buf.Len()))
 	w.WriteHeader(p.status)
 	_, _ = w.Write(buf.Bytes())
-	if line != nil {
-		s.holds.hold(w, r, hold)
-	}
 }
 
 func (s *Server) logProblem(r *http.Request, p problemType, id string, err error) {

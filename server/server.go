@@ -106,8 +106,14 @@ func New(cfg Config) *Server {
 	return s
 }
 
-// ServeHTTP answers one request.
-func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.handler.ServeHTTP(w, r) }
+// ServeHTTP answers one request, and holds the connection when the answer is that it was one too many: here, where the stack is
+// short, for the garbage collector walks those of all who are held.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.handler.ServeHTTP(w, r)
+	if l := linkOf(r); l != nil && l.line != nil {
+		s.holds.hold(w, r, l)
+	}
+}
 
 // Serve answers on the listener until ctx is done. Then it drains: it serves on, but says with every answer that the
 // connection ends, and at /readyz that it is not ready. After that it accepts nothing more, and returns when the requests
