@@ -172,7 +172,11 @@ func (l *lab) measurements() []measurement {
 		measurement{group: "overload", name: nameOverload, unit: unitOrders, once: true,
 			take: l.overloadClosed, settings: fmt.Sprintf("%d connections for %d s, each sends again at once, fresh keys", overloadMany, overloadSeconds)},
 		measurement{group: "overload", name: "intake beside 10,000 idle connections", unit: unitOrders, once: true,
-			take: l.idleConnections, settings: l.loadSettings(clientsSome) + ", fresh keys"})
+			take:     func(ctx context.Context) (sample, error) { return l.besideMany(ctx, askOnce) },
+			settings: l.loadSettings(clientsSome) + ", fresh keys"},
+		measurement{group: "overload", name: "intake beside 10,000 clients whose body does not come", unit: unitOrders, once: true,
+			take:     func(ctx context.Context) (sample, error) { return l.besideMany(ctx, sendHalf) },
+			settings: l.loadSettings(clientsSome) + ", fresh keys"})
 	beside := func(name, settings string, other *load) {
 		all = append(all, measurement{group: "flood", name: name, unit: unitOrders, ours: true,
 			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys, RATE_LIMIT=%d/s%s", behavedSeconds, callerRate, settings),

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"slices"
 	"time"
@@ -18,7 +19,7 @@ const (
 	atPeakSeconds   = 20
 	overloadWorkers = 8000 // requests under way from the generator
 	overloadMany    = 4000 // connections that send again at once
-	idleConns       = 10_000
+	manyConns       = 10_000
 	floodConns      = 256
 	callerRate      = 1000 // requests a second that each caller may send
 	behavedRate     = 200  // and that one sends who behaves
@@ -190,8 +191,8 @@ func (l *lab) beside(ctx context.Context, other *load) (sample, error) {
 	return s, nil
 }
 
-// idleConnections opens many connections, has each ask once, and then places orders over others while they are idle.
-func (l *lab) idleConnections(ctx context.Context) (sample, error) {
+// besideMany opens many connections, has each do something once, and then places orders over others while they stay open.
+func (l *lab) besideMany(ctx context.Context, use func(conn net.Conn, addr string) error) (sample, error) {
 	if err := l.reset(ctx); err != nil {
 		return sample{}, err
 	}
@@ -200,7 +201,7 @@ func (l *lab) idleConnections(ctx context.Context) (sample, error) {
 		return sample{}, err
 	}
 	defer p.stop()
-	conns := make([]net.Conn, idleConns)
+	conns := make([]net.Conn, manyConns)
 	defer func() {
 		for _, conn := range conns {
 			if conn != nil {
@@ -216,15 +217,27 @@ func (l *lab) idleConnections(ctx context.Context) (sample, error) {
 				return err
 			}
 			_ = conns[i].SetDeadline(time.Now().Add(time.Minute))
-			_, err = exchange(conns[i], bufio.NewReaderSize(conns[i], 512), rawRequest(load{Addr: p.addr, Body: body}, oneKey))
-			return err
+			return use(conns[i], p.addr)
 		})
 	}
 	if err := group.Wait(); err != nil {
-		return sample{}, fmt.Errorf("open %d connections (they need as many files, ulimit -n, here and in the server): %w", idleConns, err)
+		return sample{}, fmt.Errorf("open %d connections (they need as many files, ulimit -n, here and in the server): %w", manyConns, err)
 	}
-	idle := peakMemory(p.cmd.Process.Pid)
+	before := peakMemory(p.cmd.Process.Pid)
 	s, _, _, err := l.measureClosed(ctx, p, load{Connections: clientsSome, Body: body})
-	s.note = fmt.Sprintf("%d MB before the load", idle/1_000_000)
+	s.note = fmt.Sprintf("%d MB before the load", before/1_000_000)
 	return s, err
+}
+
+// askOnce places an order, after which the connection is idle.
+func askOnce(conn net.Conn, addr string) error {
+	_, err := exchange(conn, bufio.NewReaderSize(conn, 512), rawRequest(load{Addr: addr, Body: body}, oneKey))
+	return err
+}
+
+// sendHalf sends an order but for the end of its body, which the server waits for up to ten seconds.
+func sendHalf(conn net.Conn, addr string) error {
+	request := rawRequest(load{Addr: addr, Body: body}, oneKey)
+	_, err := io.WriteString(conn, request[:len(request)-1])
+	return err
 }
