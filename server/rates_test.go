@@ -85,6 +85,26 @@ func TestACallerOverTheRateCostsRedisNothing(t *testing.T) {
 	}
 }
 
+func TestEachCallerOverTheRateHasALineOfItsOwnReadAtAQuarterOfIt(t *testing.T) {
+	t.Parallel()
+	rdb, _ := testenv.Redis(t)
+	rates := NewRates(rdb, 1, time.Minute, slog.New(slog.DiscardHandler))
+	lines := map[*line]bool{}
+	for _, caller := range []string{"alice", "bob", "alice"} {
+		err := rates.refusal(t.Context(), caller)
+		if err == nil { // its first
+			err = rates.refusal(t.Context(), caller)
+		}
+		l := err.(*refusal).line
+		if lines[l] = true; l.pace != 4*time.Minute {
+			t.Errorf("%s's line is read once in %s", caller, l.pace)
+		}
+	}
+	if len(lines) != 2 {
+		t.Errorf("alice and bob have %d lines", len(lines))
+	}
+}
+
 func TestWhoIsNotKnownByNameIsKnownByAddress(t *testing.T) {
 	t.Parallel()
 	for remote, want := range map[string]string{
