@@ -37,9 +37,9 @@ func (l *lab) scripts(ctx context.Context) (s sample, err error) {
 			for time.Since(start) < time.Duration(l.seconds)*time.Second {
 				cmds, err := l.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 					for range statement {
-						// Keys and tokens are as long as the project's.
+						// Keys and tokens are as long as the project's: a digest in base64, and a UUID with a number behind it.
 						k := key(n.Add(1))
-						lua.Reserve.EvalSha(ctx, p, []string{"idempotency:1234567" + k}, k, 10_000)
+						lua.Reserve.EvalSha(ctx, p, []string{"idempotency:" + k[:22]}, k+"/123z", 10_000)
 					}
 					return nil
 				})
