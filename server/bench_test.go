@@ -21,13 +21,14 @@ func BenchmarkReplay(b *testing.B) {
 	server := New(Config{
 		Orders: order.NewStore(testenv.Database(b), time.Hour, nil), Guard: idempotency.NewGuard(rdb, time.Hour, log), Log: log,
 	})
-	r := httptest.NewRequest("POST", "/orders", nil)
+	const body = `{"user_id":"user-456","amount":1000}`
+	r := httptest.NewRequest("POST", "/orders", strings.NewReader(body))
 	r.Header.Set("Idempotency-Key", "00000000-0000-4000-8000-000000000000")
 	r.Header.Set("Content-Type", "application/json")
 	w := &discarded{http.Header{}}
 	serve := func() {
 		clear(w.header)
-		r.Body = io.NopCloser(strings.NewReader(`{"user_id":"user-456","amount":1000}`))
+		r.Body = io.NopCloser(strings.NewReader(body))
 		server.ServeHTTP(w, r)
 	}
 	serve()
