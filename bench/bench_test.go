@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"io"
 	"net/http"
@@ -128,6 +129,31 @@ func TestEveryGoalIsMeasured(t *testing.T) {
 		}
 		if _, _, _, verdict := g.judge(&report{}, 1); verdict != "not measured" {
 			t.Errorf("%s: with nothing measured it is %s", g.name, verdict)
+		}
+	}
+}
+
+func TestWhatHasNoGoalIsNeitherReachedNorMissed(t *testing.T) {
+	t.Parallel()
+	text := everyLine(1).markdown(1)
+	if want := "| replay of one key ÷ handler that reads, 64 connections each | 1 | 1 – 1 | – | no goal |"; !strings.Contains(text, want) {
+		t.Errorf("%q is not in it", want)
+	}
+}
+
+func TestHandlersThatPlaceNothingAnswerAsIfTheyDid(t *testing.T) {
+	t.Parallel()
+	var first string
+	for _, name := range []string{emptyServer, readingServer, waitingServer} {
+		w, r := httptest.NewRecorder(), httptest.NewRequest(http.MethodPost, "/orders", strings.NewReader(body))
+		bare[name](w, r)
+		first = cmp.Or(first, w.Body.String())
+		replayed := w.Header().Get("Idempotency-Replayed") == "true"
+		if w.Code != http.StatusOK || w.Body.String() != first || len(w.Header().Get("Location")) != 44 || replayed != (name == readingServer) {
+			t.Errorf("%s answers %d with %v: %s", name, w.Code, w.Header(), w.Body)
+		}
+		if rest, _ := io.ReadAll(r.Body); (len(rest) == 0) == (name == emptyServer) {
+			t.Errorf("%s left %q", name, rest)
 		}
 	}
 }

@@ -56,7 +56,7 @@ func (l *lab) intake(ctx context.Context, contender string, pool *pgxpool.Pool, 
 	defer p.stop()
 	o.Body = body
 	s, measured, warm, err := l.measureClosed(ctx, p, o)
-	if err != nil || contender == emptyServer {
+	if err != nil || bare[contender] != nil {
 		return s, err
 	}
 	p.stop() // it finishes what is under way when the generator leaves

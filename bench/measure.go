@@ -67,7 +67,10 @@ const (
 )
 
 func nameOf(contender string, connections int) string {
-	what := map[string]string{server: "intake", naiveServer: "naive server", emptyServer: "empty handler"}[contender]
+	what := map[string]string{
+		server: "intake", naiveServer: "naive server",
+		emptyServer: "empty handler", readingServer: "handler that reads", waitingServer: "handler that reads and waits twice",
+	}[contender]
 	return what + ", " + plural(connections, "connection")
 }
 
@@ -99,7 +102,7 @@ func (l *lab) measurements() []measurement {
 	var all []measurement
 	closed := func(group, contender string, connections int) {
 		unit := unitOrders
-		if contender == emptyServer {
+		if bare[contender] != nil {
 			unit = unitAnswers
 		}
 		all = append(all, measurement{group: group, name: nameOf(contender, connections), unit: unit, ours: contender == server,
@@ -124,6 +127,8 @@ func (l *lab) measurements() []measurement {
 
 	closed("empty", emptyServer, clientsSome)
 	closed("empty", emptyServer, clientsMany)
+	closed("empty", readingServer, clientsSome)
+	closed("empty", waitingServer, clientsMany)
 	for _, clients := range []int{16, 64} {
 		for _, mode := range []string{"prepared", "simple"} {
 			all = append(all, l.pgbenchOne(mode, clients))
