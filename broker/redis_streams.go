@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -33,6 +34,8 @@ type life struct {
 	epoch string // none when the stream has no mark, or is not there
 	marks []string
 	last  entryID // the last that was added
+	cut   int64   // how many entries are gone that a group, if it has read any, has not read
+	known int64   // how many of these were gone when the mark was made
 }
 
 // NewRedisStreams returns the broker that publishes in rdb.
@@ -123,8 +126,8 @@ func refuses(err error) bool {
 // epochMark begins the name of a consumer group that nobody reads: it marks the stream, and is lost with it.
 const epochMark = "epoch:"
 
-// Epoch is another when Redis was restarted, when another server took over, when the stream was lost, and when its last entry is
-// older than one that was seen.
+// Epoch is another when Redis was restarted, when another server took over, when the stream was lost, when its last entry is
+// older than one that was seen, and, from Redis 7 on, when it was trimmed of what a group had not read.
 func (b *RedisStreams) Epoch(ctx context.Context) (string, error) {
 	epoch, err := b.epoch(ctx)
 	if err != nil {
@@ -141,7 +144,7 @@ func (b *RedisStreams) epoch(ctx context.Context) (string, error) {
 	}
 	now, err := ask(ctx, node, false)
 	if err == nil && (now.epoch == "" || b.isBehind(now)) {
-		now, err = mark(ctx, node, now.marks)
+		now, err = mark(ctx, node, now)
 	}
 	if err != nil {
 		return "", err
@@ -153,12 +156,12 @@ func (b *RedisStreams) epoch(ctx context.Context) (string, error) {
 }
 
 // mark gives the stream another mark than it had, and makes it if there is none.
-func mark(ctx context.Context, node *redis.Client, had []string) (life, error) {
+func mark(ctx context.Context, node *redis.Client, had life) (life, error) {
 	_, err := node.Pipelined(ctx, func(p redis.Pipeliner) error {
-		for _, name := range had {
+		for _, name := range had.marks {
 			p.XGroupDestroy(ctx, Stream, name)
 		}
-		p.XGroupCreateMkStream(ctx, Stream, epochMark+uuid.NewString(), "$")
+		p.XGroupCreateMkStream(ctx, Stream, fmt.Sprintf("%s%s:%d", epochMark, uuid.New(), had.cut), "$")
 		return nil
 	})
 	if err != nil {
@@ -171,11 +174,11 @@ func mark(ctx context.Context, node *redis.Client, had []string) (life, error) {
 	return now, err
 }
 
-// isBehind tells whether the stream has forgotten what it had, and not its mark: it was put back as it was.
+// isBehind tells whether the stream has forgotten what it had, and not its mark: it was put back as it was, or cut.
 func (b *RedisStreams) isBehind(now life) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return now.epoch == b.known.epoch && now.last.less(b.known.last)
+	return now.cut > now.known || now.epoch == b.known.epoch && now.last.less(b.known.last)
 }
 
 // added notes the last entry that was added.
@@ -219,11 +222,11 @@ func ask(ctx context.Context, server redis.Cmdable, watch bool) (now life, err e
 		if watch {
 			watched = p.Do(ctx, "WATCH", Stream)
 		}
-		stream, groups = p.XInfoStream(ctx, Stream), p.XInfoGroups(ctx, Stream)
+		groups, stream = p.XInfoGroups(ctx, Stream), p.XInfoStream(ctx, Stream) // what is added between them is not cut
 		run, replication = p.Info(ctx, "server"), p.Info(ctx, "replication")
 		return nil
 	})
-	for _, cmd := range []redis.Cmder{watched, stream, groups} {
+	for _, cmd := range []redis.Cmder{watched, groups, stream} {
 		if err := cmd.Err(); err != nil && !strings.HasSuffix(err.Error(), "no such key") {
 			return now, err
 		}
@@ -238,14 +241,18 @@ func ask(ctx context.Context, server redis.Cmdable, watch bool) (now life, err e
 	}
 	if there := stream.Val(); there != nil {
 		now.last, _ = parseEntryID(there.LastGeneratedID) // a Redis inside the process has none at first
-	}
-	for _, group := range groups.Val() {
-		if strings.HasPrefix(group.Name, epochMark) {
-			now.marks = append(now.marks, group.Name)
+		for _, group := range groups.Val() {
+			if strings.HasPrefix(group.Name, epochMark) {
+				now.marks = append(now.marks, group.Name)
+			} else {
+				now.cut = max(now.cut, group.Lag-there.Length) // more is to be read than there is
+			}
 		}
 	}
 	if len(now.marks) > 0 {
 		now.epoch = runID + " " + replID + " " + now.marks[0]
+		_, known, _ := strings.Cut(now.marks[0][len(epochMark):], ":")
+		now.known, _ = strconv.ParseInt(known, 10, 64) // none in one that a former release made
 	}
 	return now, nil
 }
