@@ -369,6 +369,50 @@ func TestAnInterruptedRequeueIsCountedAndCanBeGoneOnWith(t *testing.T) {
 	}
 }
 
+// Only a lower bound is asked for: how much longer it takes is the machine's business. The first batch is done at once.
+func TestAnOperationIsNotFasterThanItsRate(t *testing.T) {
+	t.Parallel()
+	const events, rate = 40, 40
+	for name, prepare := range map[string]func(b *bench) (want []uuid.UUID, do func() (Outcome, error)){
+		"requeue at the broker": func(b *bench) ([]uuid.UUID, func() (Outcome, error)) {
+			refused := b.bury(orders(events)...)
+			dead := b.find(Filter{})
+			return refused, func() (Outcome, error) { return b.Requeue(b.t.Context(), dead) }
+		},
+		"requeue at a consumer": func(b *bench) ([]uuid.UUID, func() (Outcome, error)) {
+			poisoned := b.poison(orders(events)...)
+			dead := b.find(Filter{})
+			return poisoned, func() (Outcome, error) { return b.Requeue(b.t.Context(), dead) }
+		},
+		"replay": func(b *bench) ([]uuid.UUID, func() (Outcome, error)) {
+			noon := time.Date(2026, 1, 2, 12, 0, 0, 0, time.UTC)
+			published := b.archive(noon, orders(events)...)
+			return published, func() (Outcome, error) {
+				outcome, _, err := b.Replay(b.t.Context(), Range{From: noon, To: noon.Add(time.Hour)}, broker.Replayed)
+				return outcome, err
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			want, do := prepare(b)
+			b.Rate = rate
+			begun := time.Now()
+			outcome, err := do()
+			took := time.Since(begun)
+			b.must(events, outcome, err)
+			if least := time.Duration(events-b.batchSize()) * time.Second / rate; took < least {
+				t.Errorf("%d events at %d a second took %s; want at least %s", events, rate, took, least)
+			}
+			b.drain()
+			if got, _ := b.stream(); !slices.Equal(got, want) {
+				t.Errorf("%d were published; want each of %d once, in their order", len(got), events)
+			}
+		})
+	}
+}
+
 func TestWhatTheBrokerDoesNotTakeStaysDead(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
