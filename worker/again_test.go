@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"slices"
 	"strings"
@@ -122,6 +123,31 @@ func TestARestartOfRedisThatLosesNothingMailsNothingTwice(t *testing.T) {
 	b.drain(relay, consumer)
 	b.finished(6)
 	b.reconciled(0)
+}
+
+// Of 10,000 draws from the whole range, a tenth of it has 1,000, give or take 30.
+func TestARefusedEventWaitsARandomTimeOfARangeThatDoublesUpToAMinute(t *testing.T) {
+	t.Parallel()
+	const draws = 10_000
+	for attempts, longest := range map[int32]time.Duration{
+		1: 500 * time.Millisecond, 2: time.Second, 3: 2 * time.Second, 4: 4 * time.Second, 5: 8 * time.Second, 6: 16 * time.Second,
+		7: 32 * time.Second, 8: time.Minute, 9: time.Minute, 20: time.Minute, 21: time.Minute, 64: time.Minute, math.MaxInt32: time.Minute,
+	} {
+		tenths := [10]int{}
+		for range draws {
+			delay := retryDelay(attempts)
+			if delay < time.Millisecond || delay >= longest+time.Millisecond {
+				t.Fatalf("after %d refusals it is %s; want at most %s, and never at once", attempts, delay, longest)
+			}
+			tenths[(delay-time.Millisecond)*10/longest]++
+		}
+		for _, n := range tenths {
+			if n < draws/10-300 || n > draws/10+300 {
+				t.Errorf("after %d refusals the delays are not spread over %s; its tenths have %v", attempts, longest, tenths)
+				break
+			}
+		}
+	}
 }
 
 // picky is a broker that refuses events of some orders.
