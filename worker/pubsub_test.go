@@ -10,11 +10,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
 
 	"idempotent-orders/broker"
 	"idempotent-orders/gen/api"
 	"idempotent-orders/operate"
+	"idempotent-orders/reconcile"
 )
 
 // counted counts what a subscription receives.
@@ -159,8 +161,8 @@ func TestPubSubWhatAConsumerDoesNotFinishIsFinishedByAnotherThatReceivedItToo(t 
 	}
 }
 
-// What the documentation says is lost is lost, and no relay brings it back by itself; but the archive has it.
-func TestPubSubAnOrderOfWhichNobodyHeardIsNotMailedUntilItIsReplayed(t *testing.T) {
+// What the documentation says is lost is lost, and no relay brings it back by itself; but the archive has it, and reconcile finds it.
+func TestPubSubAnOrderOfWhichNobodyHeardIsFoundByReconcileAndMailedOnlyWhenItIsReplayed(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	pubSub := b.pubSub()
@@ -175,6 +177,20 @@ func TestPubSubAnOrderOfWhichNobodyHeardIsNotMailedUntilItIsReplayed(t *testing.
 	if got := b.mails.orders(); !sameSet(got, slices.Clone(heard)) || received.received.Load() != 2 {
 		t.Errorf("mails were sent for %v, after %d deliveries; want %v", got, received.received.Load(), heard)
 	}
+	b.exec("UPDATE outbox_published SET published_at = now() - interval '1 hour'") // long enough ago to have been delivered
+	report, err := reconcile.Run(t.Context(), b.pool, reconcile.Options{Consumer: EmailConsumer, KeyRetention: time.Hour})
+	if err != nil || report.Orders != 5 || report.Sent != 2 || report.Missing != 3 || report.Unfinished != 0 || report.Dead != 0 {
+		t.Errorf("before the replay reconcile finds %+v, %v; want the three of which nobody heard, and nothing else", report, err)
+	}
+	var lost []uuid.UUID
+	if err := b.pool.QueryRow(t.Context(), "SELECT array_agg(event_id) FROM outbox_published WHERE aggregate_id = ANY($1)", unheard).Scan(&lost); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range report.Differences {
+		if d.Count > 0 && !(d.Name == "events_not_delivered" && sameSet(d.First, lost)) {
+			t.Errorf("it finds %+v; want the events %v", d, lost)
+		}
+	}
 	operator := operate.Operator{Pool: b.pool, Publisher: pubSub, Who: "a test", What: "replay"}
 	everything := operate.Range{To: time.Now().Add(time.Hour)}
 	if outcome, _, err := operator.Replay(t.Context(), everything, broker.Replayed); err != nil || outcome.Done != 5 {
@@ -186,4 +202,6 @@ func TestPubSubAnOrderOfWhichNobodyHeardIsNotMailedUntilItIsReplayed(t *testing.
 	if got, want := b.mails.orders(), slices.Concat(unheard, heard); !sameSet(got, want) {
 		t.Errorf("after the replay mails were sent for %v; want one for each of %v", got, want)
 	}
+	b.finished(5)
+	b.reconciled(0)
 }
