@@ -151,6 +151,42 @@ func TestAReplayIsNotDisturbedByWhatRelaysPublish(t *testing.T) {
 	b.has(t, batches+2)
 }
 
+// No event is to blame for a Redis that is full: none may be given up.
+func TestAFullRedisRefusesNoEventAndTakesTheBatchWhenThereIsRoom(t *testing.T) {
+	t.Parallel()
+	for name, replays := range map[string]bool{"a relay": false, "a replay": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b, epoch := newStreams(t)
+			if replays {
+				epoch = AnyEpoch
+			}
+			memory := func(most string) {
+				t.Helper()
+				err := errors.Join(b.redis.ConfigSet(t.Context(), "maxmemory-policy", "noeviction").Err(),
+					b.redis.ConfigSet(t.Context(), "maxmemory", most).Err())
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			batch := events(3)
+			memory("1") // byte, and more is in use
+			for range 2 {
+				err := b.Publish(t.Context(), epoch, batch)
+				if err == nil || errors.As(err, new(*RefusedError)) || errors.Is(err, ErrForgot) {
+					t.Errorf("when Redis is full, publishing says %v", err)
+				}
+				b.has(t, 0)
+			}
+			memory("0") // without a limit
+			if err := b.Publish(t.Context(), epoch, batch); err != nil {
+				t.Errorf("when there is room, publishing says %v", err)
+			}
+			b.has(t, 3)
+		})
+	}
+}
+
 func TestTheStreamIsFoundWhereItsSlotHasMovedTo(t *testing.T) {
 	t.Parallel()
 	from, to := startNode(t), startNode(t)
