@@ -342,8 +342,8 @@ func TestAWorkerThatIsKilledAfterItPublishedAndBeforeItCommittedLosesNothing(t *
 	if n := p.count("SELECT count(*) FROM outbox_published"); n != 5 || len(p.published()) != 6 {
 		t.Fatalf("%d of %d published events are committed; want 5 of 6", n, len(p.published()))
 	}
-	first.kill()
 	killed := time.Now()
+	first.kill()
 	p.eventually("the other publishes it", func() bool { return len(p.published()) == 7 })
 	t.Logf("the other worker published %s after the first was killed", time.Since(killed))
 	p.place("after", 5)
