@@ -15,6 +15,8 @@ const (
 	deliveryRate     = 1000 // orders a second
 	deliveryRateMost = 5000
 	redriven         = 100_000 // events that Redis forgets
+	// redisAway is so long that worker and consumer wait as long as they ever do before they try again.
+	redisAway = 5 * time.Second
 )
 
 // delay measures from when an order's statement begins, which is the event's time, until its event is in the stream, to a millisecond:
@@ -85,7 +87,8 @@ func (l *lab) delays(ctx context.Context) (micros []float64, err error) {
 	}
 }
 
-// redrive has Redis forget events that were published and not mailed, and waits until each is mailed all the same.
+// redrive has Redis lose events that were published and not mailed, and waits until each is mailed all the same. It measures from when
+// Redis answers again.
 func (l *lab) redrive(ctx context.Context) (s sample, err error) {
 	if err := l.reset(ctx); err != nil {
 		return s, err
@@ -109,11 +112,14 @@ func (l *lab) redrive(ctx context.Context) (s sample, err error) {
 		return s, err
 	}
 	defer c.stop()
-	watched := l.watch(w)
-	if err := l.rdb.FlushAll(ctx).Err(); err != nil {
+	if err := l.awaitMails(ctx, c, 1); err != nil { // it does not start without Redis
 		return s, err
 	}
-	forgotten := time.Now()
+	if err := l.loseRedis(ctx, redisAway); err != nil {
+		return s, err
+	}
+	back := time.Now()
+	watched := l.watch(w)
 	before, err := count(ctx, l.pool, "SELECT count(*) FROM inbox WHERE state = 'sent'")
 	if err != nil {
 		return s, err
@@ -121,18 +127,31 @@ func (l *lab) redrive(ctx context.Context) (s sample, err error) {
 	if _, err := l.awaitStream(ctx, w, 1); err != nil {
 		return s, err
 	}
-	begun := time.Since(forgotten)
+	begun := time.Since(back)
+	if err := l.awaitMails(ctx, c, redriven); err != nil {
+		return s, err
+	}
+	s.rate, s.used = time.Since(back).Seconds(), watched()
+	s.note = fmt.Sprintf("begins after %.1f s; %d were mailed before Redis was back", begun.Seconds(), before)
+	return s, nil
+}
+
+// awaitMails waits until the consumer has marked as many mails sent.
+func (l *lab) awaitMails(ctx context.Context, c *process, mails int) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
-	for sent := 0; sent < redriven; {
-		if sent, err = count(ctx, l.pool, "SELECT count(*) FROM inbox WHERE state = 'sent'"); err != nil {
-			return s, fmt.Errorf("after %d of %d mails: %w", sent, redriven, err)
+	for {
+		sent, err := count(ctx, l.pool, "SELECT count(*) FROM inbox WHERE state = 'sent'")
+		if err != nil {
+			return fmt.Errorf("wait for %d mails: %w", mails, err)
 		}
-		if err := pause(ctx, 50*time.Millisecond); err != nil {
-			return s, err
+		if sent >= mails {
+			return nil
+		}
+		select {
+		case <-c.exited:
+			return fmt.Errorf("after %d of %d mails the consumer ended: %s", sent, mails, lastLine(c.said.Bytes()))
+		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	s.rate, s.used = time.Since(forgotten).Seconds(), watched()
-	s.note = fmt.Sprintf("begins after %.1f s; %d were mailed before Redis forgot", begun.Seconds(), before)
-	return s, nil
 }

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -66,7 +67,7 @@ func openLab(ctx context.Context, seconds int) (l *lab, err error) {
 	if l.postgres, err = local.StartPostgreSQL(ctx, local.PostgreSQLOptions{Dir: l.dir, Settings: settings, Log: log}); err != nil {
 		return l, err
 	}
-	if l.redis, err = local.StartRedis(ctx, local.RedisOptions{Dir: l.dir, Args: []string{"--appendonly", "no", "--save", ""}, Log: log}); err != nil {
+	if l.redis, err = l.startRedis(ctx, 0); err != nil {
 		return l, err
 	}
 	l.rdb = connect.Redis([]string{l.redis.Addr()}, "")
@@ -74,6 +75,34 @@ func openLab(ctx context.Context, seconds int) (l *lab, err error) {
 		return l, err
 	}
 	return l, l.findPgbench(ctx)
+}
+
+// startRedis starts a Redis that keeps nothing on disk, and returns when it answers. Port 0 means any.
+func (l *lab) startRedis(ctx context.Context, port int) (*local.Redis, error) {
+	return local.StartRedis(ctx, local.RedisOptions{Dir: l.dir, Port: port, Args: []string{"--appendonly", "no", "--save", ""}, Log: slog.New(slog.DiscardHandler)})
+}
+
+// loseRedis kills Redis, leaves it away for so long, and starts it again at its address, empty. It returns when Redis answers.
+func (l *lab) loseRedis(ctx context.Context, away time.Duration) error {
+	_, text, err := net.SplitHostPort(l.redis.Addr())
+	if err != nil {
+		return err
+	}
+	port, err := strconv.Atoi(text)
+	if err != nil {
+		return err
+	}
+	if err := l.redis.Kill(); err != nil {
+		return err
+	}
+	if err := pause(ctx, away); err != nil {
+		return err
+	}
+	again, err := l.startRedis(ctx, port)
+	if err == nil {
+		l.redis = again
+	}
+	return err
 }
 
 // findPgbench finds pgbench where the running PostgreSQL has its other programs.

@@ -200,7 +200,7 @@ func (l *lab) measurements() []measurement {
 			take:     func(ctx context.Context) (sample, error) { return l.delay(ctx, rate) }})
 	}
 	all = append(all, measurement{group: "delivery", name: nameRedrive, unit: unitSeconds, ours: true, take: l.redrive,
-		settings: "`worker` and `consumer`; FLUSHALL with as many published and not mailed, until the last inbox row is `sent`"})
+		settings: fmt.Sprintf("`worker` and `consumer`; Redis is killed with as many published and not mailed, and started again empty %s later; from when it answers until the last inbox row is `sent`", redisAway)})
 	all = append(all, measurement{group: "end-to-end", name: nameEndToEnd, unit: unitOrders, ours: true, take: l.endToEnd,
 		settings: l.loadSettings(clientsMany) + ", fresh keys; server, worker and consumer in one process, until the last inbox row is `sent`"})
 	return append(all, measurement{group: "idle", name: nameIdle, unit: unitPercentage, ours: true, once: true, take: l.idle,
