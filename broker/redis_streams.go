@@ -127,7 +127,7 @@ func refuses(err error) bool {
 const epochMark = "epoch:"
 
 // Epoch is another when Redis was restarted, when another server took over, when the stream was lost, when its last entry is
-// older than one that was seen, and, from Redis 7 on, when it was trimmed of what a group had not read.
+// older than one that was seen, and, from Redis 7 on, when it was trimmed of what a group had not read, unless that has read on.
 func (b *RedisStreams) Epoch(ctx context.Context) (string, error) {
 	epoch, err := b.epoch(ctx)
 	if err != nil {
@@ -244,8 +244,9 @@ func ask(ctx context.Context, server redis.Cmdable, watch bool) (now life, err e
 		for _, group := range groups.Val() {
 			if strings.HasPrefix(group.Name, epochMark) {
 				now.marks = append(now.marks, group.Name)
-			} else {
-				now.cut = max(now.cut, group.Lag-there.Length) // more is to be read than there is
+			} else if group.EntriesRead > 0 {
+				// More was to be read than there is. Of a stream that was trimmed a newer Redis tells as the lag what is left.
+				now.cut = max(now.cut, there.EntriesAdded-group.EntriesRead-there.Length)
 			}
 		}
 	}
