@@ -7,7 +7,10 @@ export CGO_ENABLED=0
 
 go build -modfile=tools/go.mod -o bin/govulncheck golang.org/x/vuln/cmd/govulncheck
 installed=$(go env GOVERSION)
-named=$(GOTOOLCHAIN=auto go env GOVERSION) || named=$installed
+named=$(GOTOOLCHAIN=auto go env GOVERSION) || {
+	named=$installed
+	echo "judged is $installed, which is installed: the Go that go.mod names cannot be had from here"
+}
 [ "$named" = "$installed" ] || echo "$installed is installed; judged is what $named (go.mod) builds, so build with that"
 export GOTOOLCHAIN=$named
 
