@@ -8,7 +8,8 @@ trap 'rm -rf "$folder"' EXIT
 trap 'exit 1' HUP INT TERM
 cd "$folder"
 
-# check MODEL EXPECTED [-D...]: EXPECTED is clean, cycle (the liveness property fails), or a part of the assertion that fails. With FAULTS a model is checked for its liveness property, with weak fairness.
+# check MODEL EXPECTED [-D...]: EXPECTED is clean, cycle (the liveness property fails), or a part of the assertion that fails. With FAULTS
+# a model is checked for its liveness property, with weak fairness.
 check() {
 	model=$1 expected=$2
 	shift 2

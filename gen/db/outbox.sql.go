@@ -92,7 +92,8 @@ type ClaimOutboxBatchRow struct {
 
 // Moves the next events above the floor, in the order of id, from the outbox to the archive, and returns them, with whether
 // others of their order are held back. Claims nothing while events are published again: those come first; nor when the relays know
-// another epoch than this one does. published_at is not the time of the transaction, which may have begun before the turn of another: in the archive events are in the order of turns.
+// another epoch than this one does. published_at is not the time of the transaction, which may have begun before the turn of another:
+// in the archive events are in the order of turns.
 // The claim is materialized: inlined below the DELETE, the LIMIT could be evaluated again and claim more. The rows are deleted by
 // an array of ids: a join, once it was planned for an empty outbox, would scan a full one.
 func (q *Queries) ClaimOutboxBatch(ctx context.Context, arg ClaimOutboxBatchParams) ([]ClaimOutboxBatchRow, error) {
