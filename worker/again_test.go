@@ -303,11 +303,7 @@ func TestNothingNewOvertakesWhatRedisForgot(t *testing.T) {
 				t.Parallel()
 				b := newBench(t)
 				relay := b.relay(b.broker)
-				b.place(1)
-				b.drain(relay, b.consumer("one", b.mails)) // this one is finished
-				forget := prepare(b)
-				order := b.place(1)[0]
-				b.publish(relay)
+				order, forget := b.aboutToForget(relay, prepare)
 				forget()
 				meanwhile(b)
 				b.announce(order, "second")
@@ -320,6 +316,17 @@ func TestNothingNewOvertakesWhatRedisForgot(t *testing.T) {
 			})
 		}
 	}
+}
+
+// aboutToForget finishes one order, and has the relay publish another, which Redis is going to forget.
+func (b *bench) aboutToForget(relay *Relay, prepare func(*bench) func()) (order uuid.UUID, forget func()) {
+	b.t.Helper()
+	b.place(1)
+	b.drain(relay, b.consumer("one", b.mails))
+	forget = prepare(b)
+	order = b.place(1)[0]
+	b.publish(relay)
+	return order, forget
 }
 
 // inOrder checks that the stream has the first and the second event of an order, in this order.
@@ -357,11 +364,7 @@ func TestARelayThatStoodStillWhileRedisForgotPublishesNothing(t *testing.T) {
 			t.Parallel()
 			b := newBench(t)
 			other := b.relay(b.broker)
-			b.place(1)
-			b.drain(other, b.consumer("one", b.mails)) // this one is finished
-			forget := prepare(b)
-			order := b.place(1)[0]
-			b.publish(other)
+			order, forget := b.aboutToForget(other, prepare)
 			b.announce(order, "second")
 
 			frozen := frozen{b.broker, make(chan struct{}), make(chan struct{})}

@@ -50,7 +50,9 @@ func Main(m *testing.M) int {
 			fmt.Fprintln(os.Stderr, "stop the tests' PostgreSQL:", err)
 			code = max(code, 1)
 		}
-		postgres.dismiss()
+		if postgres.dismiss != nil { // the guard could be started
+			postgres.dismiss()
+		}
 	}
 	if postgres.dir != "" {
 		_ = os.RemoveAll(postgres.dir)
