@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"idempotent-orders/broker"
 )
 
@@ -19,8 +21,7 @@ const (
 	redisAway = 5 * time.Second
 )
 
-// delay measures from when an order's statement begins, which is the event's time, until its event is in the stream, to a millisecond:
-// so the times of entries are. Server and worker are processes of their own.
+// delay measures from an order's commit until its event is in the stream, to a millisecond: so the times of entries are. Server and worker are processes of their own.
 func (l *lab) delay(ctx context.Context, rate int) (s sample, err error) {
 	p, err := l.fresh(ctx, server)
 	if err != nil {
@@ -50,39 +51,57 @@ func (l *lab) delay(ctx context.Context, rate int) (s sample, err error) {
 	if _, err := l.awaitStream(ctx, w, placed); err != nil {
 		return s, err
 	}
-	micros, err := l.delays(ctx)
+	sinceCommit, sinceBegun, err := l.delays(ctx)
 	if err != nil {
 		return s, err
 	}
-	s.p50, s.p99 = micros[len(micros)/2], micros[len(micros)*99/100]
+	s.p50, s.p99 = sinceCommit[len(sinceCommit)/2], sinceCommit[len(sinceCommit)*99/100]
+	s.note = fmt.Sprintf("from the begin of the statement %.1f and %.1f ms", sinceBegun[len(sinceBegun)/2]/1000, sinceBegun[len(sinceBegun)*99/100]/1000)
 	return s, nil
 }
 
-// delays returns how long each event in the stream took to get there, in microseconds, the shortest first.
-func (l *lab) delays(ctx context.Context) (micros []float64, err error) {
+// delays returns how long each event in the stream took to get there, in microseconds, from its order's commit and from when
+// the statement began that placed it, the shortest first.
+func (l *lab) delays(ctx context.Context) (sinceCommit, sinceBegun []float64, err error) {
+	committed := map[string]time.Time{}
+	var order string
+	var at time.Time
+	// The time in a commit's record, which PostgreSQL takes before it writes that out.
+	rows, err := l.pool.Query(ctx, "SELECT id::text, pg_xact_commit_timestamp(xmin) FROM orders")
+	if err == nil {
+		_, err = pgx.ForEachRow(rows, []any{&order, &at}, func() error { committed[order] = at; return nil })
+	}
+	if err != nil {
+		return nil, nil, err
+	}
 	const page = 10_000
 	for from := "-"; ; {
 		entries, err := l.rdb.XRangeN(ctx, broker.Stream, from, "+", page).Result()
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		for _, e := range entries {
-			at, _, _ := strings.Cut(e.ID, "-")
-			ms, err := strconv.ParseInt(at, 10, 64)
+			ms, _, _ := strings.Cut(e.ID, "-")
+			added, err := strconv.ParseInt(ms, 10, 64)
 			if err != nil {
-				return nil, err
+				return nil, nil, err
 			}
-			text, _ := e.Values["time"].(string)
-			begun, err := time.Parse(time.RFC3339Nano, text)
+			begun, err := time.Parse(time.RFC3339Nano, fmt.Sprint(e.Values["time"]))
 			if err != nil {
-				return nil, err
+				return nil, nil, err
 			}
-			micros = append(micros, float64(time.UnixMilli(ms).Sub(begun).Microseconds()))
+			commit, known := committed[fmt.Sprint(e.Values["subject"])]
+			if !known {
+				return nil, nil, fmt.Errorf("the stream has an event of an order that is not there: %v", e.Values)
+			}
+			since := func(then time.Time) float64 { return float64(time.UnixMilli(added).Sub(then).Microseconds()) }
+			sinceCommit, sinceBegun = append(sinceCommit, since(commit)), append(sinceBegun, since(begun))
 			from = "(" + e.ID
 		}
 		if len(entries) < page {
-			slices.Sort(micros)
-			return micros, nil
+			slices.Sort(sinceCommit)
+			slices.Sort(sinceBegun)
+			return sinceCommit, sinceBegun, nil
 		}
 	}
 }

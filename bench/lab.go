@@ -26,7 +26,7 @@ import (
 
 // settings are the only ones that differ from PostgreSQL's defaults, the same for every contender. All contenders reach it
 // over TCP on 127.0.0.1.
-var settings = map[string]string{"max_connections": "200"}
+var settings = map[string]string{"max_connections": "200", "track_commit_timestamp": "on"}
 
 // database is the database that starts every measurement empty, and fullDatabase the one that does not.
 const (

@@ -196,7 +196,7 @@ func (l *lab) measurements() []measurement {
 	}
 	for _, rate := range []int{deliveryRate, deliveryRateMost} {
 		all = append(all, measurement{group: "delivery", name: nameDelay(rate), unit: unitOrders, ours: true,
-			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys; `server` and `worker`; p50 and p99 are from the begin of the statement to the stream, those of the warm-up too", l.seconds),
+			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys; `server` and `worker`; p50 and p99 are from commit to stream, those of the warm-up too", l.seconds),
 			take:     func(ctx context.Context) (sample, error) { return l.delay(ctx, rate) }})
 	}
 	all = append(all, measurement{group: "delivery", name: nameRedrive, unit: unitSeconds, ours: true, take: l.redrive,
@@ -208,7 +208,7 @@ func (l *lab) measurements() []measurement {
 }
 
 func nameDelay(rate int) string {
-	return fmt.Sprintf("from order to stream at %s/s", pretty(float64(rate)))
+	return fmt.Sprintf("from commit to stream at %s/s", pretty(float64(rate)))
 }
 
 // loadSettings names the generator of a closed loop and its settings.

@@ -1,7 +1,7 @@
 -- name: TakeTurn :one
--- The turn ends with the transaction. Writers are the transactions that write to the outbox, and last_id is the last id that
--- was given out.
-SELECT pg_try_advisory_xact_lock(@turn::bigint) AS taken, COALESCE(outbox_writers(), '{}')::text[] AS writers,
+-- The turn ends with the transaction. Writers are the transactions that write to the outbox, if they are wanted: they are read
+-- from all locks of the server. last_id is the last id that was given out.
+SELECT pg_try_advisory_xact_lock(@turn::bigint) AS taken, COALESCE(CASE WHEN @writers::bool THEN outbox_writers() END, '{}')::text[] AS writers,
        COALESCE(pg_sequence_last_value('outbox_id_seq'), 0)::bigint AS last_id;
 
 -- name: ClaimOutboxBatch :many

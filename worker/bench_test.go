@@ -11,7 +11,7 @@ import (
 func BenchmarkRelay(b *testing.B) {
 	stage := newBench(b)
 	stage.fill(b.N)
-	relay := stage.relay(stage.broker)
+	relay := NewRelay(stage.pool, stage.broker, stage.logger())
 	b.ReportAllocs()
 	b.ResetTimer()
 	if err := relay.Drain(b.Context()); err != nil {

@@ -37,6 +37,8 @@ const (
 	// checkEvery is how often a relay that has the turn makes sure that the broker has not forgotten, and looks after events
 	// that are held back. An idle one does the latter with each poll.
 	checkEvery = time.Second
+	// surveyEvery is how often a relay asks who writes to the outbox, so that the floor may rise.
+	surveyEvery = 20 * time.Millisecond
 	// lookEvery is how often a relay looks for events below the floor, and lookTimeout how long that may take.
 	lookEvery, lookTimeout = time.Minute, 30 * time.Second
 )
@@ -50,15 +52,17 @@ type Relay struct {
 	stallTimeout time.Duration
 	timeout      time.Duration
 	checkEvery   time.Duration
+	surveyEvery  time.Duration
 	floor        floor
 	batch        int32     // the most events that the next round claims
 	epoch        string    // the broker's, as this relay knows it
-	checked      time.Time // when it was last asked for, in a turn that committed
+	surveyed     time.Time // when the writers were last asked for, in a turn that committed
+	checked      time.Time // when the epoch was, likewise
 }
 
 // NewRelay returns a relay from the outbox of a migrated database to publisher.
 func NewRelay(pool *pgxpool.Pool, publisher broker.Publisher, log *slog.Logger) *Relay {
-	return &Relay{pool: pool, publisher: publisher, log: log, nudged: make(chan struct{}, 1), stallTimeout: stallTimeout, timeout: relayTimeout, checkEvery: checkEvery, batch: relayBatch}
+	return &Relay{pool: pool, publisher: publisher, log: log, nudged: make(chan struct{}, 1), stallTimeout: stallTimeout, timeout: relayTimeout, checkEvery: checkEvery, surveyEvery: surveyEvery, batch: relayBatch}
 }
 
 // Nudge tells the relay that there may be something in the outbox. It never blocks. A relay that is not nudged polls.
@@ -115,7 +119,7 @@ func (r *Relay) runOnce(ctx context.Context) (int, error) {
 func (r *Relay) take(ctx context.Context) (round, error) {
 	ctx, cancel := finishing(ctx, r.timeout)
 	defer cancel()
-	done := round{batch: r.batch}
+	done := round{batch: r.batch, surveys: time.Since(r.surveyed) >= r.surveyEvery}
 	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout, 0), func(tx pgx.Tx) error {
 		return r.round(ctx, db.New(fault.SQL(tx)), &done)
 	})
@@ -132,6 +136,7 @@ func (r *Relay) take(ctx context.Context) (round, error) {
 // round is what was done in a turn, to be believed when the transaction has committed.
 type round struct {
 	batch     int32 // the most events to claim
+	surveys   bool  // asks who writes
 	turn      db.TakeTurnRow
 	claimed   bool  // events were claimed, or there are more to publish again
 	upTo      int64 // above the floor, nothing is left that is not above this id
@@ -147,7 +152,7 @@ func (done round) busy() bool { return done.claimed || done.published > 0 }
 // round does what there is to do in one transaction: first it makes sure that the broker still is what it was; then it
 // publishes what is new, or, when there is nothing new, what has to be published again.
 func (r *Relay) round(ctx context.Context, q *db.Queries, done *round) (err error) {
-	if done.turn, err = q.TakeTurn(ctx, turnLock); err != nil {
+	if done.turn, err = q.TakeTurn(ctx, db.TakeTurnParams{Turn: turnLock, Writers: done.surveys}); err != nil {
 		return fmt.Errorf("take the turn: %w", err)
 	}
 	if !done.turn.Taken {
@@ -188,8 +193,9 @@ func (done round) settle(r *Relay) {
 	if done.checked {
 		r.checked = time.Now()
 	}
-	if done.turn.Taken && !done.gated {
+	if done.surveys && done.turn.Taken && !done.gated {
 		r.floor.raise(done.turn, done.upTo)
+		r.surveyed = time.Now()
 	}
 	for _, note := range done.notes {
 		note()

@@ -187,6 +187,28 @@ func TestUnderAnOldSnapshotAPollDoesNotWalkOverWhatWasPublished(t *testing.T) {
 	b.mustRun(other, 1)
 }
 
+func TestTheFloorRisesOnlyInRoundsThatAskWhoWrites(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	relay := b.relay(b.broker)
+	relay.surveyEvery = time.Hour
+	b.fill(10)
+	b.mustRun(relay, 10) // the first asks
+	for range 5 {
+		b.mustRun(relay, 0)
+	}
+	if at := relay.floor.get(); at != 0 {
+		t.Errorf("nobody asked who writes, and the floor is %d", at)
+	}
+	relay.surveyEvery = 0
+	for range 2 {
+		b.mustRun(relay, 0)
+	}
+	if at := relay.floor.get(); at == 0 {
+		t.Error("nobody writes, and the floor does not rise")
+	}
+}
+
 func TestAnEventBelowTheFloorIsFound(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)

@@ -80,7 +80,12 @@ func (b *bench) fill(n int) {
 
 func (b *bench) logger() *slog.Logger { return slog.New(slog.NewTextHandler(b.log, nil)) }
 
-func (b *bench) relay(p broker.Publisher) *Relay { return NewRelay(b.pool, p, b.logger()) }
+// relay returns a relay whose floor may rise with each round.
+func (b *bench) relay(p broker.Publisher) *Relay {
+	r := NewRelay(b.pool, p, b.logger())
+	r.surveyEvery = 0
+	return r
+}
 
 // consumer returns a consumer of its own name whose events are abandoned almost at once when it dies.
 func (b *bench) consumer(name string, sender Sender) *Consumer {

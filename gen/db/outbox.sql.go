@@ -260,9 +260,14 @@ func (q *Queries) RetryHeldEvent(ctx context.Context, arg RetryHeldEventParams) 
 }
 
 const takeTurn = `-- name: TakeTurn :one
-SELECT pg_try_advisory_xact_lock($1::bigint) AS taken, COALESCE(outbox_writers(), '{}')::text[] AS writers,
+SELECT pg_try_advisory_xact_lock($1::bigint) AS taken, COALESCE(CASE WHEN $2::bool THEN outbox_writers() END, '{}')::text[] AS writers,
        COALESCE(pg_sequence_last_value('outbox_id_seq'), 0)::bigint AS last_id
 `
+
+type TakeTurnParams struct {
+	Turn    int64
+	Writers bool
+}
 
 type TakeTurnRow struct {
 	Taken   bool
@@ -270,10 +275,10 @@ type TakeTurnRow struct {
 	LastID  int64
 }
 
-// The turn ends with the transaction. Writers are the transactions that write to the outbox, and last_id is the last id that
-// was given out.
-func (q *Queries) TakeTurn(ctx context.Context, turn int64) (TakeTurnRow, error) {
-	row := q.db.QueryRow(ctx, takeTurn, turn)
+// The turn ends with the transaction. Writers are the transactions that write to the outbox, if they are wanted: they are read
+// from all locks of the server. last_id is the last id that was given out.
+func (q *Queries) TakeTurn(ctx context.Context, arg TakeTurnParams) (TakeTurnRow, error) {
+	row := q.db.QueryRow(ctx, takeTurn, arg.Turn, arg.Writers)
 	var i TakeTurnRow
 	err := row.Scan(&i.Taken, &i.Writers, &i.LastID)
 	return i, err

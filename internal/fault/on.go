@@ -112,7 +112,7 @@ var changes = map[Removal]change{
 		`$3$1 AND outbox.id IS NOT NULL$2`, "",
 	},
 	FloorHorizon: {
-		"TakeTurn", regexp.MustCompile(`COALESCE\(outbox_writers\(\), '{}'\)`), `'{}'`, "",
+		"TakeTurn", regexp.MustCompile(`outbox_writers\(\)`), `'{}'::text[]`, "",
 	},
 	Inbox: {
 		"EnterInbox", regexp.MustCompile(`(?s)(SET) (holder = .*?)\nWHERE .*?(\$4::interval)\)`),
