@@ -150,7 +150,7 @@ again:
 		if
 		:: r == 0 -> break
 		:: r == 1 -> goto failed
-		:: possible -> count; goto failed /* the reply is lost: nothing is noted */
+		:: possible -> count; goto failed /* the reply is lost, or this round did not ask who writes: nothing is noted */
 		fi }
 	:: atomic { batch == 0 && !open[r] -> goto failed }
 	:: atomic { open[r] && possible -> count; rollback() } /* PostgreSQL ends the transaction, and the relay does not know */
