@@ -69,8 +69,9 @@ WHERE (p.published_at, p.id) IN (SELECT unnest(@published_ats::timestamptz[]), u
 ORDER BY p.published_at, p.id;
 
 -- name: LowerFinished :exec
--- An event that was published then is not finished any more.
-UPDATE relay_state SET finished_to = LEAST(finished_to, @published_at::timestamptz);
+-- An event that was published then is not finished any more. The mark is moved in any case: a sweep that saw the event finished, and
+-- is about to move the mark past it, finds that somebody else did.
+UPDATE relay_state SET finished_to = LEAST(finished_to, @published_at::timestamptz) - interval '1 microsecond' WHERE one;
 
 -- name: CountPublishedEvents :one
 SELECT count(*) FROM outbox_published p
@@ -89,10 +90,16 @@ ORDER BY p.published_at, p.id LIMIT @batch_size::bigint;
 
 -- name: ForceInbox :exec
 -- Takes back that the consumer finished these events, if that was before they were replayed: they are as if their receivers had
--- abandoned them. One that was finished since stays so: the replay was delivered twice.
-UPDATE inbox i SET state = 'received', received_at = 'epoch', finished_at = NULL, reason = NULL
-FROM (SELECT unnest(@event_ids::uuid[]) AS event_id, unnest(@replayed_ats::timestamptz[]) AS replayed_at) AS forced
-WHERE i.consumer = @consumer AND i.event_id = forced.event_id AND i.state <> 'received' AND i.finished_at < forced.replayed_at;
+-- abandoned them. One that was finished since stays so: the replay was delivered twice. None of them was published before the given
+-- time: should the broker forget them now, they are published again (as in LowerFinished).
+WITH opened AS (
+    UPDATE inbox i SET state = 'received', received_at = 'epoch', finished_at = NULL, reason = NULL
+    FROM (SELECT unnest(@event_ids::uuid[]) AS event_id, unnest(@replayed_ats::timestamptz[]) AS replayed_at) AS forced
+    WHERE i.consumer = @consumer AND i.event_id = forced.event_id AND i.state <> 'received' AND i.finished_at < forced.replayed_at
+    RETURNING i.event_id
+)
+UPDATE relay_state SET finished_to = LEAST(finished_to, @published_since::timestamptz) - interval '1 microsecond'
+WHERE one AND EXISTS (SELECT FROM opened);
 
 -- name: CountWaiting :one
 -- How many events of an order wait to be published, and whether it is parked.

@@ -120,6 +120,7 @@ type task struct {
 	reason     string    // why it is dead, if it is
 	noMail     bool      // it is of a type that asks for none
 	forced     time.Time // as forcedAt
+	born       time.Time // the event's time
 }
 
 // read sorts deliveries into events to handle, and those that need nothing more. What is not an event can never be, so it is put
@@ -141,7 +142,7 @@ func (c *Consumer) read(ctx context.Context, deliveries []broker.Delivery) (task
 // taskOf returns what is to be done for an event. One that cannot be read is dead from the beginning, in the inbox: what is not
 // finished there is kept, and published again.
 func taskOf(d broker.Delivery) *task {
-	t := &task{mail: Email{EventID: d.Event.ID}, tags: []string{d.Tag}, deliveries: d.Deliveries, forced: forcedAt(d.Event)}
+	t := &task{mail: Email{EventID: d.Event.ID}, tags: []string{d.Tag}, deliveries: d.Deliveries, forced: forcedAt(d.Event), born: d.Event.Time}
 	if t.noMail = d.Event.Type != string(api.OrderCreatedV1TypeOrderCreated); !t.noMail {
 		var err error
 		if t.mail, err = confirmation(d.Event); err != nil {

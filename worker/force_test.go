@@ -1,6 +1,9 @@
 package worker
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -8,6 +11,7 @@ import (
 
 	"idempotent-orders/broker"
 	"idempotent-orders/gen/db"
+	"idempotent-orders/operate"
 )
 
 func TestOnlyWhatWasFinishedBeforeItWasForcedIsOpenedAgain(t *testing.T) {
@@ -29,7 +33,7 @@ func TestOnlyWhatWasFinishedBeforeItWasForcedIsOpenedAgain(t *testing.T) {
 	enter("received", nil, nil)                   // somebody is sending it
 	enter("sent", replayed.Add(time.Second), nil) // it was mailed since
 	for range 2 {                                 // the second finds nothing more to open
-		if err := force(t.Context(), db.New(b.pool), forced); err != nil {
+		if err := force(t.Context(), db.New(b.pool), forced, replayed); err != nil {
 			t.Fatal(err)
 		}
 		if n := b.count("SELECT count(*) FROM inbox WHERE state = 'received' AND received_at = 'epoch'"); n != 2 {
@@ -41,5 +45,50 @@ func TestOnlyWhatWasFinishedBeforeItWasForcedIsOpenedAgain(t *testing.T) {
 	}
 	if at := forcedAt(broker.Event{Replay: broker.Replayed, ReplayedAt: replayed}); !at.IsZero() {
 		t.Errorf("a replay that is not forced is forced at %s", at)
+	}
+}
+
+// All of it was finished once, and the mark has passed it.
+func TestWhatWasForcedIsMailedThoughRedisForgetsItHalfway(t *testing.T) {
+	t.Parallel()
+	for _, dies := range []bool{false, true} { // else it gives back what it has
+		t.Run(fmt.Sprintf("its consumer dies: %t", dies), func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			relay := b.relay(b.broker)
+			b.place(3)
+			b.drain(relay, b.consumer("one", b.mails))
+			b.exec("UPDATE outbox_published SET published_at = published_at - interval '2 hours', created_at = created_at - interval '2 hours'")
+			b.mustSweep(b.sweeper())
+			if n := b.count("SELECT count(*) FROM relay_state WHERE finished_to > now() - interval '2 minutes'"); n != 1 {
+				t.Fatal("the mark has not passed what is finished")
+			}
+			operator := operate.Operator{Pool: b.pool, Publisher: b.broker}
+			all := operate.Range{From: time.Now().Add(-3 * time.Hour), To: time.Now()}
+			if outcome, _, err := operator.Replay(t.Context(), all, broker.Forced); err != nil || outcome.Done != 3 {
+				t.Fatal(outcome, err)
+			}
+			halfway := b.consumer("halfway", sender(func(context.Context, Email) error { return errors.New("not now") }))
+			if dies {
+				deliveries, err := halfway.subscription.Receive(t.Context(), 100, 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				tasks, _ := halfway.read(t.Context(), deliveries)
+				if mine, _, err := halfway.enter(t.Context(), tasks); err != nil || len(mine) != 3 {
+					t.Fatal(mine, err)
+				}
+				b.exec("UPDATE inbox SET received_at = 'epoch' WHERE state = 'received'")
+			} else if err := halfway.Drain(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			b.redis.FlushAll(t.Context())
+			relay.checked = time.Time{}
+			b.drain(relay, b.consumer("two", b.mails))
+			if n := len(b.mails.orders()); n != 6 {
+				t.Errorf("%d mails were sent; want two for each of 3 orders", n)
+			}
+			b.reconciled(0)
+		})
 	}
 }

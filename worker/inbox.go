@@ -17,11 +17,12 @@ import (
 // before. The others are held by another consumer. It waits for a PostgreSQL that is away.
 func (c *Consumer) enter(ctx context.Context, tasks []*task) (mine, finished []uuid.UUID, err error) {
 	ids := idsOf(tasks)
+	forced, oldest := forcedOf(tasks)
 	// In one order: two consumers that were delivered the same events must not wait for each other in a circle.
 	slices.SortFunc(ids, func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
 	q := db.New(fault.SQL(c.pool))
 	err = c.persist(ctx, "Entering the inbox", func(ctx context.Context) (err error) {
-		if err := force(ctx, q, forcedOf(tasks)); err != nil {
+		if err := force(ctx, q, forced, oldest); err != nil {
 			return err
 		}
 		mine, err = q.EnterInbox(ctx, db.EnterInboxParams{

@@ -33,7 +33,7 @@ const (
 	// expiredFor is how long events that left the archive are kept in the inbox at least. It is longer than anybody works on what
 	// was received, or read from the archive, before.
 	expiredFor = 24 * time.Hour
-	// clocksApart is how far the clocks of Redis and PostgreSQL may be apart.
+	// clocksApart is how far the clocks of Redis, PostgreSQL and the servers may be apart.
 	clocksApart = time.Hour
 	// keyPass is in how many rounds all keys are looked at, at the latest: an hour. A round looks at keyPages at least.
 	keyPass, keyPages = 360, 2048

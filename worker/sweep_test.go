@@ -14,10 +14,12 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"idempotent-orders/broker"
+	"idempotent-orders/gen/db"
 	"idempotent-orders/idempotency"
 	"idempotent-orders/internal/connect"
 	"idempotent-orders/internal/local"
 	"idempotent-orders/internal/testenv"
+	"idempotent-orders/operate"
 	"idempotent-orders/order"
 )
 
@@ -158,6 +160,35 @@ func TestADayStaysThatIsNotFinishedThoughTheMarkHasPassedIt(t *testing.T) {
 	b.mustSweep(s)
 	if b.there(name) {
 		t.Error("the day is still there")
+	}
+}
+
+// The sweep has seen that all is finished. Before it moves the mark, an operator opens an event behind it again.
+func TestTheMarkDoesNotPassWhatIsOpenedAgainMeanwhile(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	at, _ := b.day(1)
+	b.archived(2, at)
+	b.exec("UPDATE relay_state SET finished_to = $1", at.Add(-time.Hour))
+	b.exec("UPDATE inbox SET state = 'dead', reason = 'no mailbox'")
+	q := db.New(b.pool)
+	seen, err := q.GetFinishedTo(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	operator := operate.Operator{Pool: b.pool, Publisher: b.broker}
+	dead, err := operator.FindDead(t.Context(), operate.Filter{}, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if outcome, err := operator.Requeue(t.Context(), dead); err != nil || outcome.Done != 1 {
+		t.Fatal(outcome, err)
+	}
+	if err := q.MoveFinishedTo(t.Context(), db.MoveFinishedToParams{FinishedTo: seen.Settled, Was: seen.FinishedTo}); err != nil {
+		t.Fatal(err)
+	}
+	if n := b.count("SELECT count(*) FROM relay_state WHERE finished_to > $1", at); n != 0 {
+		t.Error("the mark has passed the event that is open again")
 	}
 }
 

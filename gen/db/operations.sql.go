@@ -408,21 +408,33 @@ func (q *Queries) FindPublishedEvents(ctx context.Context, arg FindPublishedEven
 }
 
 const forceInbox = `-- name: ForceInbox :exec
-UPDATE inbox i SET state = 'received', received_at = 'epoch', finished_at = NULL, reason = NULL
-FROM (SELECT unnest($2::uuid[]) AS event_id, unnest($3::timestamptz[]) AS replayed_at) AS forced
-WHERE i.consumer = $1 AND i.event_id = forced.event_id AND i.state <> 'received' AND i.finished_at < forced.replayed_at
+WITH opened AS (
+    UPDATE inbox i SET state = 'received', received_at = 'epoch', finished_at = NULL, reason = NULL
+    FROM (SELECT unnest($3::uuid[]) AS event_id, unnest($4::timestamptz[]) AS replayed_at) AS forced
+    WHERE i.consumer = $2 AND i.event_id = forced.event_id AND i.state <> 'received' AND i.finished_at < forced.replayed_at
+    RETURNING i.event_id
+)
+UPDATE relay_state SET finished_to = LEAST(finished_to, $1::timestamptz) - interval '1 microsecond'
+WHERE one AND EXISTS (SELECT FROM opened)
 `
 
 type ForceInboxParams struct {
-	Consumer    string
-	EventIds    []uuid.UUID
-	ReplayedAts []time.Time
+	PublishedSince time.Time
+	Consumer       string
+	EventIds       []uuid.UUID
+	ReplayedAts    []time.Time
 }
 
 // Takes back that the consumer finished these events, if that was before they were replayed: they are as if their receivers had
-// abandoned them. One that was finished since stays so: the replay was delivered twice.
+// abandoned them. One that was finished since stays so: the replay was delivered twice. None of them was published before the given
+// time: should the broker forget them now, they are published again (as in LowerFinished).
 func (q *Queries) ForceInbox(ctx context.Context, arg ForceInboxParams) error {
-	_, err := q.db.Exec(ctx, forceInbox, arg.Consumer, arg.EventIds, arg.ReplayedAts)
+	_, err := q.db.Exec(ctx, forceInbox,
+		arg.PublishedSince,
+		arg.Consumer,
+		arg.EventIds,
+		arg.ReplayedAts,
+	)
 	return err
 }
 
@@ -464,10 +476,11 @@ func (q *Queries) LockDeadToConsumers(ctx context.Context, arg LockDeadToConsume
 }
 
 const lowerFinished = `-- name: LowerFinished :exec
-UPDATE relay_state SET finished_to = LEAST(finished_to, $1::timestamptz)
+UPDATE relay_state SET finished_to = LEAST(finished_to, $1::timestamptz) - interval '1 microsecond' WHERE one
 `
 
-// An event that was published then is not finished any more.
+// An event that was published then is not finished any more. The mark is moved in any case: a sweep that saw the event finished, and
+// is about to move the mark past it, finds that somebody else did.
 func (q *Queries) LowerFinished(ctx context.Context, publishedAt time.Time) error {
 	_, err := q.db.Exec(ctx, lowerFinished, publishedAt)
 	return err
