@@ -54,10 +54,13 @@ check intake cycle -DFAULTS=1 -DREMOVE_EXPIRY
 check claim clean
 check claim clean -DSAME_ORDER
 check claim clean -DFAULTS=1
+check claim clean -DFAULTS=1 -DREMOVE_LOOK
 check claim clean -DFAULTS=0 -DSTRANGER
 check claim 'published>>1' -DSAME_ORDER -DREMOVE_TURN
 check claim 'n<=1' -DREMOVE_MATERIALIZED
 check claim 'floor>=1' -DREMOVE_HORIZON
+check claim 'published>>1' -DSAME_ORDER -DREMOVE_RETURN
+check claim cycle -DFAULTS=0 -DREMOVE_LOOK -DREMOVE_RETURN
 check claim cycle -DFAULTS=0 -DREMOVE_HORIZON -DLEFT_BEHIND -DREMOVE_LOOK
 check claim clean -DFAULTS=0 -DREMOVE_HORIZON -DLEFT_BEHIND # until the look below the floor
 check claim cycle -DFAULTS=0 -DSTRANGER -DREMOVE_LOOK

@@ -51,6 +51,7 @@ byte published;
 
 /* worker.floor, of relay 0. Relay 1 is always one that was just started: it has none. */
 byte floor, noted, next, awaited;
+byte passed, back; /* who was passed, and where the floor was before */
 
 /* order.Store.write, as far as the outbox is concerned. The lock comes before the id, and goes after the row can be seen. */
 proctype Writer(byte e)
@@ -111,6 +112,13 @@ inline publish(e)
 	published = published | bit(e); batch = batch & ~bit(e)
 }
 
+inline rise()
+{
+	next = (next < upTo -> next : upTo);
+	floor = (floor > next -> floor : next);
+	next = 0; awaited = 0
+}
+
 /* Rounds: Relay.take. A relay whose transaction PostgreSQL has ended goes on until it asks PostgreSQL again. */
 proctype Relay(byte r)
 {
@@ -140,6 +148,14 @@ again:
 	:: atomic { !open[r] -> goto failed }
 	:: atomic { fault; goto failed }
 	fi;
+#ifndef REMOVE_RETURN
+	if /* Relay.checkPassed */
+	:: atomic { r == 0 && open[r] && (passed & ~writers) ->
+		floor = (floor > back -> back : floor); next = 0; noted = 0; awaited = 0; passed = 0; back = 0; goto failed }
+	:: atomic { r == 1 || !(passed & ~writers) }
+	:: atomic { !open[r] -> goto failed }
+	fi;
+#endif
 	do /* Relay.publish */
 	:: atomic { has(batch, 1) -> publish(1) }
 	:: atomic { !has(batch, 1) && has(batch, 2) -> publish(2) }
@@ -155,24 +171,24 @@ again:
 	:: atomic { batch == 0 && !open[r] -> goto failed }
 	:: atomic { open[r] && possible -> count; rollback() } /* PostgreSQL ends the transaction, and the relay does not know */
 	:: atomic { fault; goto failed }                       /* the broker does not answer, or not in time */
-	:: atomic { r == 0 && possible -> count; floor = 0; noted = 0; next = 0; awaited = 0; goto failed } /* it dies, and another is started */
+	:: atomic { r == 0 && possible -> count; floor = 0; noted = 0; next = 0; awaited = 0; passed = 0; back = 0; goto failed } /* it dies, and another is started */
 	od;
 	atomic { /* floor.raise */
 		if
-		:: next == 0 && noted > floor -> next = noted; awaited = WAITS_FOR(seen)
+		:: next == 0 && noted > floor -> next = noted; awaited = WAITS_FOR(seen) & ~passed
 		:: else
 		fi;
 		if
-		:: next > 0 && !(awaited & seen) ->
-			next = (next < upTo -> next : upTo);
-			floor = (floor > next -> floor : next);
-			next = 0; awaited = 0
-		:: else
+		:: next > 0 && (awaited & seen) /* it waits */
+		:: next > 0 && (awaited & seen) -> /* no longer */
+			back = (passed -> back : floor); passed = passed | awaited & seen; rise()
+		:: next > 0 && !(awaited & seen) -> rise()
+		:: next == 0
 		fi;
 		noted = last;
 #ifndef LEFT_BEHIND
-		/* The floor passes nothing that may still commit. */
-		assert(!(floor >= 1 && has(pending, 1) || floor >= 2 && has(pending, 2)))
+		/* The floor passes nothing that may still commit, but for those of whom it knows. */
+		assert(!(floor >= 1 && has(pending & ~passed, 1) || floor >= 2 && has(pending & ~passed, 2)))
 #endif
 	};
 failed:

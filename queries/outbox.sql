@@ -4,6 +4,10 @@
 SELECT pg_try_advisory_xact_lock(@turn::bigint) AS taken, COALESCE(CASE WHEN @writers::bool THEN outbox_writers() END, '{}')::text[] AS writers,
        COALESCE(pg_sequence_last_value('outbox_id_seq'), 0)::bigint AS last_id;
 
+-- name: FindWriters :one
+-- The transactions that write to the outbox.
+SELECT COALESCE(outbox_writers(), '{}')::text[] AS writers;
+
 -- name: ClaimOutboxBatch :many
 -- Moves the next events above the floor, in the order of id, from the outbox to the archive, and returns them, with whether
 -- others of their order are held back. Claims nothing while events are published again: those come first; nor when the relays know

@@ -62,7 +62,7 @@ type Relay struct {
 
 // NewRelay returns a relay from the outbox of a migrated database to publisher.
 func NewRelay(pool *pgxpool.Pool, publisher broker.Publisher, log *slog.Logger) *Relay {
-	return &Relay{pool: pool, publisher: publisher, log: log, nudged: make(chan struct{}, 1), stallTimeout: stallTimeout, timeout: relayTimeout, checkEvery: checkEvery, surveyEvery: surveyEvery, batch: relayBatch}
+	return &Relay{pool: pool, publisher: publisher, log: log, nudged: make(chan struct{}, 1), stallTimeout: stallTimeout, timeout: relayTimeout, checkEvery: checkEvery, surveyEvery: surveyEvery, floor: floor{patience: patience}, batch: relayBatch}
 }
 
 // Nudge tells the relay that there may be something in the outbox. It never blocks. A relay that is not nudged polls.
@@ -123,6 +123,9 @@ func (r *Relay) take(ctx context.Context) (round, error) {
 	err := pgx.BeginTxFunc(ctx, r.pool, connect.Tx(r.stallTimeout, 0), func(tx pgx.Tx) error {
 		return r.round(ctx, db.New(fault.SQL(tx)), &done)
 	})
+	if errors.Is(err, errLeft) {
+		return round{claimed: true}, nil // the next one claims from where the floor is now
+	}
 	if err != nil {
 		r.checked = time.Time{}        // the broker may be in another epoch
 		r.batch = max(1, done.batch/2) // a smaller one may be done in time
@@ -169,6 +172,9 @@ func (r *Relay) round(ctx context.Context, q *db.Queries, done *round) (err erro
 	if err != nil {
 		return fmt.Errorf("claim a batch: %w", err)
 	}
+	if err := r.checkPassed(ctx, q); err != nil {
+		return err
+	}
 	done.claimed, done.upTo = len(rows) > 0, math.MaxInt64
 	if len(rows) >= int(done.batch) {
 		done.upTo = rows[len(rows)-1].ID
@@ -184,6 +190,25 @@ func (r *Relay) round(ctx context.Context, q *db.Queries, done *round) (err erro
 	}
 	if done.checked || !done.claimed {
 		return r.publishAgain(ctx, q, done)
+	}
+	return nil
+}
+
+// errLeft: somebody has ended whom the floor had passed, and what it left may be missing from a claim.
+var errLeft = errors.New("a transaction that wrote to the outbox for long has ended")
+
+// checkPassed makes sure, after a claim, that whom the floor has passed had left nothing yet. Else an event could overtake an earlier
+// one of its order, whose transaction ended just before the claim.
+func (r *Relay) checkPassed(ctx context.Context, q *db.Queries) error {
+	if !r.floor.hasPassed() {
+		return nil
+	}
+	writers, err := q.FindWriters(ctx)
+	if err != nil {
+		return fmt.Errorf("ask who writes to the outbox: %w", err)
+	}
+	if !r.floor.holds(writers) {
+		return errLeft
 	}
 	return nil
 }

@@ -187,6 +187,39 @@ func TestUnderAnOldSnapshotAPollDoesNotWalkOverWhatWasPublished(t *testing.T) {
 	b.mustRun(other, 1)
 }
 
+// Somebody holds a low id for long. Meanwhile a poll walks over nothing, and afterwards the id is published at once, without a look.
+func TestWhoWritesForLongNeitherKeepsTheFloorDownNorIsForgotten(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	late, err := b.pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer late.Rollback(context.Background())
+	lateOrder := uuid.New()
+	if _, err := late.Exec(t.Context(), `INSERT INTO outbox (event_id, aggregate_id, event_type, source, payload)
+		VALUES (gen_random_uuid(), $1, 'order.created.v1', '/orders', '{}')`, lateOrder); err != nil {
+		t.Fatal(err)
+	}
+	relay := b.relay(b.broker)
+	relay.floor.patience = 0
+	b.fill(10)
+	b.mustRun(relay, 10)
+	for range 2 {
+		b.mustRun(relay, 0)
+	}
+	if at := relay.floor.get(); at < 11 {
+		t.Errorf("the floor is %d, and a poll walks over everything above that", at)
+	}
+	if err := late.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.announce(lateOrder, "second")
+	b.mustRun(relay, 0) // finds that it has ended
+	b.mustRun(relay, 2)
+	b.inOrder(lateOrder)
+}
+
 func TestTheFloorRisesOnlyInRoundsThatAskWhoWrites(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)

@@ -80,10 +80,10 @@ func (b *bench) fill(n int) {
 
 func (b *bench) logger() *slog.Logger { return slog.New(slog.NewTextHandler(b.log, nil)) }
 
-// relay returns a relay whose floor may rise with each round.
+// relay returns a relay whose floor may rise with each round, and passes nobody who writes.
 func (b *bench) relay(p broker.Publisher) *Relay {
 	r := NewRelay(b.pool, p, b.logger())
-	r.surveyEvery = 0
+	r.surveyEvery, r.floor.patience = 0, time.Hour
 	return r
 }
 

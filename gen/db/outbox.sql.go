@@ -200,6 +200,18 @@ func (q *Queries) FindLowestOutboxID(ctx context.Context, floor int64) (int64, e
 	return column_1, err
 }
 
+const findWriters = `-- name: FindWriters :one
+SELECT COALESCE(outbox_writers(), '{}')::text[] AS writers
+`
+
+// The transactions that write to the outbox.
+func (q *Queries) FindWriters(ctx context.Context) ([]string, error) {
+	row := q.db.QueryRow(ctx, findWriters)
+	var writers []string
+	err := row.Scan(&writers)
+	return writers, err
+}
+
 const holdEvents = `-- name: HoldEvents :exec
 WITH back AS (
     SELECT unnest($1::bigint[]) AS id, unnest($2::text[]) AS error, unnest($3::interval[]) AS delay
