@@ -38,7 +38,7 @@ const eventsUsageText = `What operators do to events. Who did what, when, and to
 
 Usage:
   idempotent-orders events dead list     [--id ID] [--order ID] [--type T] [--older-than D] [--limit N] [--json]
-  idempotent-orders events dead show     --id ID
+  idempotent-orders events dead show     [--id ID] [--order ID] [--type T] [--older-than D] [--limit N]
   idempotent-orders events dead requeue  [--id ID] [--order ID] [--type T] [--older-than D] [--rate N] [--dry-run] [--yes]
   idempotent-orders events dead drop     [--id ID] [--order ID] [--type T] [--older-than D] [--rate N] [--dry-run] [--yes]
   idempotent-orders events replay        --from T --to T [--order ID] [--type T] [--force-consumers] [--after N]
@@ -47,7 +47,7 @@ Usage:
   idempotent-orders events parked        [--limit N] [--json]
 
   dead list     the events that were refused for good: by the publisher's broker, or by a consumer
-  dead show     a whole dead event, as JSON
+  dead show     whole dead events, as JSON
   dead requeue  have dead events tried again: those of the publisher go to the end of the outbox, those of a consumer are
                 published again from the archive. 'events requeue' is the same
   dead drop     give dead events up: those of the publisher are deleted; those of a consumer stay in its inbox, so that they are
@@ -92,7 +92,7 @@ type eventsOptions struct {
 // eventsOptionsOf names the options of each action; those it needs come first, up to the "|".
 var eventsOptionsOf = map[string]string{
 	"dead list":    "| id order type older-than limit json",
-	"dead show":    "id |",
+	"dead show":    "| id order type older-than limit",
 	"dead requeue": "| id order type older-than rate dry-run yes",
 	"dead drop":    "| id order type older-than rate dry-run yes",
 	"replay":       "from to | order type force-consumers after rate dry-run yes",
@@ -363,12 +363,16 @@ func oneLine(text string) string {
 }
 
 func (d *operatorsDesk) show(ctx context.Context) error {
-	dead, err := d.operator.FindDead(ctx, d.filter, operate.Everything)
+	dead, err := d.operator.FindDead(ctx, d.filter, int64(d.limit)+1)
 	if err != nil {
 		return err
 	}
 	if len(dead) == 0 {
-		return fmt.Errorf("%w: %s", operate.ErrNotFound, d.filter.IDs)
+		return operate.ErrNotFound
+	}
+	if len(dead) > d.limit {
+		dead = dead[:d.limit]
+		defer fmt.Fprintf(d.stderr, "There are more than %s; see more with --limit.\n", plural(int64(d.limit)))
 	}
 	out := json.NewEncoder(d.stdout)
 	out.SetIndent("", "  ")

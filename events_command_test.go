@@ -47,7 +47,7 @@ func TestEventsSaysWhatIsWrongWithTheCommandLine(t *testing.T) {
 		"dead list --limit 0":           "--limit is 0",
 		"dead list --yes":               "--yes is not an option of dead list",
 		"dead list --loud":              "-loud",
-		"dead show":                     "dead show needs --id",
+		"dead show --yes":               "--yes is not an option of dead show",
 		"dead show --id 7":              "must be a UUID",
 		"dead requeue --rate 0":         "--rate is 0",
 		"requeue --rate 1000000":        "--rate is 1000000",
@@ -125,7 +125,11 @@ func TestDeadEventsAreListedAndShownWithoutRedis(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &shown); err != nil || code != 0 || shown.Event.ID != last.EventID || shown.Event.SpecVersion != "1.0" || shown.Event.Data.A != 1 {
 		t.Errorf("%d, %v\n%s%s", code, err, out, errs)
 	}
-	if _, errs, code := finish(t, env, "events", "dead", "show", "--id", uuid.NewString()); code != 1 || !strings.Contains(errs, "no such dead event") {
+	out, errs, code = finish(t, env, "events", "dead", "show", "--type", "order.created.v1", "--older-than", "0s", "--limit", "2")
+	if n := strings.Count(out, `"specversion": "1.0"`); code != 0 || n != 2 || !strings.Contains(errs, "more than 2 events") {
+		t.Errorf("%d of two were shown: %d\n%s%s", n, code, out, errs)
+	}
+	if _, errs, code := finish(t, env, "events", "dead", "show", "--order", uuid.NewString()); code != 1 || !strings.Contains(errs, "no such dead event") {
 		t.Errorf("%d %s", code, errs)
 	}
 	if out, _, code := finish(t, env, "events", "dead", "list", "--type", "another"); code != 0 || out != "No event is dead.\n" {
