@@ -21,7 +21,8 @@ const (
 	redisAway = 5 * time.Second
 )
 
-// delay measures from an order's commit until its event is in the stream, to a millisecond: so the times of entries are. Server and worker are processes of their own.
+// delay measures from an order's commit until its event is in the stream, to a millisecond: so the times of entries are. Server and
+// worker are processes of their own.
 func (l *lab) delay(ctx context.Context, rate int) (s sample, err error) {
 	p, err := l.fresh(ctx, server)
 	if err != nil {
