@@ -51,7 +51,8 @@ type Trimmer interface {
 // processes: one at a time sweeps.
 //
 //   - The stream is trimmed below what every consumer group has acknowledged.
-//   - A day of the archive leaves it when its end is older than the retention and the consumer has finished each of its events.
+//   - A day of the archive leaves it when its end is older than the retention, the consumer has finished each of its events, and the
+//     broker keeps nothing from that time: every consumer group has acknowledged it.
 //   - A day later its events leave the inbox, once the broker keeps nothing from that time: an event is in the inbox for as long as
 //     it could be delivered again, from the archive or from the stream. What is in the outbox, held back or dead stays in the inbox
 //     too, because it is not in the archive.
@@ -274,6 +275,9 @@ func (s *Sweeper) lookAtFinished(ctx context.Context, q *db.Queries, at *place, 
 
 // expireRest takes what is old and finished out of the default partition.
 func (s *Sweeper) expireRest(ctx context.Context, q *db.Queries, done *swept) error {
+	if kept, err := s.mayBeDelivered(ctx, time.Now().Add(-s.retention)); err != nil || kept {
+		return err
+	}
 	err := s.steps(ctx, done, func(ctx context.Context) (bool, error) {
 		n, err := q.ExpireRest(ctx, db.ExpireRestParams{Retention: s.retention, Consumer: EmailConsumer, BatchSize: restBatch})
 		done.expired += int64(n)
@@ -301,6 +305,9 @@ func (s *Sweeper) expireDays(ctx context.Context, q *db.Queries, done *swept) er
 		}
 		finished, err := s.lookAtFinished(ctx, q, &s.dayPlace, old[0], done)
 		if err != nil || !finished {
+			return err
+		}
+		if kept, err := s.mayBeDelivered(ctx, old[0]); err != nil || kept {
 			return err
 		}
 		name, err := bounded(ctx, func(ctx context.Context) (string, error) {

@@ -192,6 +192,45 @@ func TestTheMarkDoesNotPassWhatIsOpenedAgainMeanwhile(t *testing.T) {
 	}
 }
 
+func TestADayStaysInTheArchiveUntilEveryGroupHasAcknowledgedWhatCameOnIt(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	at, name := b.day(5)
+	b.archived(1, at)
+	ctx, old := t.Context(), fmt.Sprintf("%d-1", at.UnixMilli())
+	if err := b.redis.XAdd(ctx, &redis.XAddArgs{Stream: broker.Stream, ID: old, Values: []any{"id", "of that day"}}).Err(); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.redis.XGroupCreate(ctx, broker.Stream, EmailConsumer, "$").Err(); err != nil { // has finished it
+		t.Fatal(err)
+	}
+	if err := b.redis.XGroupCreate(ctx, broker.Stream, "audit", "0").Err(); err != nil { // has read nothing
+		t.Fatal(err)
+	}
+	s := b.sweeper()
+	stays := func(when string) {
+		t.Helper()
+		for range 2 {
+			b.mustSweep(s)
+		}
+		if !b.there(name) {
+			t.Fatalf("the day has left the archive %s", when)
+		}
+	}
+	stays("before the other group has read it")
+	if err := b.redis.XReadGroup(ctx, &redis.XReadGroupArgs{Group: "audit", Consumer: "one", Streams: []string{broker.Stream, ">"}}).Err(); err != nil {
+		t.Fatal(err)
+	}
+	stays("before the other group has acknowledged it")
+	if n, err := b.redis.XAck(ctx, broker.Stream, "audit", old).Result(); err != nil || n != 1 {
+		t.Fatal(n, err)
+	}
+	b.mustSweep(s)
+	if b.there(name) {
+		t.Error("the day is still in the archive")
+	}
+}
+
 func TestAnEventStaysInTheInboxForAsLongAsItCanBeDelivered(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
