@@ -41,6 +41,7 @@ type lab struct {
 	self     string // this program
 	pgbench  string
 	wrk      string // empty when it is not installed
+	taskset  string // likewise
 	postgres *local.PostgreSQL
 	redis    *local.Redis
 	rdb      redis.UniversalClient
@@ -57,6 +58,7 @@ func openLab(ctx context.Context, seconds int) (l *lab, err error) {
 		return l, err
 	}
 	l.wrk, _ = exec.LookPath("wrk")
+	l.taskset, _ = exec.LookPath("taskset")
 	if l.dir, err = testbed.Folder("bench"); err != nil {
 		return l, err
 	}

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -37,6 +38,8 @@ type load struct {
 	Key         string // empty: a fresh one for each request
 	Token       string // empty: no API key
 	Body        string
+	// OwnProcessors: the last half of them, which nothing else uses that is measured.
+	OwnProcessors bool
 }
 
 // answers is what came back: one line of JSON from each generator.
@@ -80,6 +83,10 @@ func (l *lab) open(ctx context.Context, o load) (answers, error) {
 func (l *lab) generate(ctx context.Context, o load, program string, args ...string) (answers, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(o.Seconds+30)*time.Second)
 	defer cancel()
+	if o.OwnProcessors && l.canBeApart() {
+		own := fmt.Sprintf("%d-%d", runtime.NumCPU()/2, runtime.NumCPU()-1)
+		program, args = l.taskset, append([]string{"-c", own, program}, args...)
+	}
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = testbed.Env()
 	output, err := cmd.CombinedOutput()

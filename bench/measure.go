@@ -40,30 +40,29 @@ const (
 
 // Names that the goals ask for.
 const (
-	nameOfCaller   = "intake with API keys, 64 connections"
-	nameRedis      = "Redis, reserve script pipelined"
-	nameReplay     = "replay of one key"
-	nameMismatch   = "mismatch"
-	nameConflict   = "conflict"
-	nameOpen       = "open loop, the server at half of its peak"
-	nameOpenNaive  = "open loop, naive at the same rate, or at its own peak if that is lower"
-	nameOpenOwn    = "open loop, naive at half of its own peak"
-	nameNoSweep    = "open loop at 1,000/s beside a worker with nothing to sweep"
-	nameSweep      = "open loop at 1,000/s beside a worker that sweeps everything"
-	nameAlone      = "open loop at 200/s of one caller, alone"
-	nameBehaves    = "open loop at 200/s of one caller, beside another that sends what it may, 1,000/s"
-	nameFlooded    = "open loop at 200/s of one caller, beside another that floods"
-	nameAtPeak     = "open loop, the server at its peak"
-	nameOverload   = "overload, 4,000 connections"
-	nameRedrive    = "mailed after Redis forgot 100,000 events"
-	nameEndToEnd   = "end to end"
-	nameIdle       = "idle"
-	nameFull       = "intake into 5,000,000 orders, 256 connections"
-	unitOrders     = "orders/s"
-	unitAnswers    = "answers/s"
-	unitEvents     = "events/s"
-	unitSeconds    = "s"
-	unitPercentage = "% of a core"
+	nameOfCaller     = "intake with API keys, 64 connections"
+	nameRedis        = "Redis, reserve script pipelined"
+	nameReplay       = "replay of one key"
+	nameMismatch     = "mismatch"
+	nameConflict     = "conflict"
+	nameOpen         = "open loop, the server at half of its peak"
+	nameOpenNaive    = "open loop, naive at the same rate, or at its own peak if that is lower"
+	nameOpenOwn      = "open loop, naive at half of its own peak"
+	nameNoSweep      = "open loop at 1,000/s beside a worker with nothing to sweep"
+	nameSweep        = "open loop at 1,000/s beside a worker that sweeps everything"
+	nameAlone        = "open loop at 200/s of one caller, alone"
+	nameAtPeak       = "open loop, the server at its peak"
+	nameOverload     = "overload, 4,000 connections"
+	nameOverloadOpen = "overload, open loop"
+	nameRedrive      = "mailed after Redis forgot 100,000 events"
+	nameEndToEnd     = "end to end"
+	nameIdle         = "idle"
+	nameFull         = "intake into 5,000,000 orders, 256 connections"
+	unitOrders       = "orders/s"
+	unitAnswers      = "answers/s"
+	unitEvents       = "events/s"
+	unitSeconds      = "s"
+	unitPercentage   = "% of a core"
 )
 
 func nameOf(contender string, connections int) string {
@@ -168,12 +167,12 @@ func (l *lab) measurements() []measurement {
 	all = append(all,
 		measurement{group: "overload", name: nameAtPeak, unit: unitOrders, once: true,
 			take:     func(ctx context.Context) (sample, error) { return l.overload(ctx, 1, clientsMany, atPeakSeconds) },
-			settings: fmt.Sprintf("vegeta, as much as the peak, at most %d under way, %d s after 1 s of warm-up, fresh keys", clientsMany, atPeakSeconds)},
-		measurement{group: "overload", name: "overload, open loop", unit: unitOrders, once: true,
+			settings: fmt.Sprintf("vegeta, as much as the peak, at most %d under way, %d s after 1 s of warm-up, fresh keys%s", clientsMany, atPeakSeconds, l.apartSettings())},
+		measurement{group: "overload", name: nameOverloadOpen, unit: unitOrders, once: true,
 			take: func(ctx context.Context) (sample, error) {
 				return l.overload(ctx, overloadFactor, overloadWorkers, overloadSeconds)
 			},
-			settings: fmt.Sprintf("vegeta, %d times the peak, at most %d under way, %d s after 1 s of warm-up, fresh keys", overloadFactor, overloadWorkers, overloadSeconds)},
+			settings: fmt.Sprintf("vegeta, %d times the peak, at most %d under way, %d s after 1 s of warm-up, fresh keys%s", overloadFactor, overloadWorkers, overloadSeconds, l.apartSettings())},
 		measurement{group: "overload", name: nameOverload, unit: unitOrders, once: true,
 			take: l.overloadClosed, settings: fmt.Sprintf("%d connections for %d s, each sends again at once, fresh keys", overloadMany, overloadSeconds)},
 		measurement{group: "overload", name: "intake beside 10,000 idle connections", unit: unitOrders, once: true,
@@ -182,14 +181,16 @@ func (l *lab) measurements() []measurement {
 		measurement{group: "overload", name: "intake beside 10,000 clients whose body does not come", unit: unitOrders, once: true,
 			take:     func(ctx context.Context) (sample, error) { return l.besideMany(ctx, sendHalf) },
 			settings: l.loadSettings(clientsSome) + ", fresh keys"})
-	beside := func(name, settings string, other *load) {
+	beside := func(name, settings string, rate int, other *load) {
 		all = append(all, measurement{group: "flood", name: name, unit: unitOrders, ours: true,
-			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys, RATE_LIMIT=%d/s%s", behavedSeconds, callerRate, settings),
-			take:     func(ctx context.Context) (sample, error) { return l.beside(ctx, other) }})
+			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys, RATE_LIMIT=%d/s%s", behavedSeconds, rate, settings),
+			take:     func(ctx context.Context) (sample, error) { return l.beside(ctx, rate, other) }})
 	}
-	beside(nameAlone, "", nil)
-	beside(nameBehaves, "; the other: vegeta, fixed rate", &load{Rate: callerRate})
-	beside(nameFlooded, fmt.Sprintf("; the flood: %d connections, each sends again at once", floodConns), &load{Connections: floodConns})
+	beside(nameAlone, "", callerRate, nil)
+	for _, rate := range []int{callerRate, callerRateMost} {
+		beside(nameBehaves(rate), "; the other: vegeta, fixed rate", rate, &load{Rate: rate})
+		beside(nameFlooded(rate), fmt.Sprintf("; the flood: %d connections, each sends again at once", floodConns), rate, &load{Connections: floodConns})
+	}
 	for _, events := range []int{drained, drainedLong} {
 		drain(events, false)
 		drain(events, true)
@@ -207,8 +208,24 @@ func (l *lab) measurements() []measurement {
 		settings: fmt.Sprintf("server, worker and consumer in one process, nothing to do, %s", idleFor)})
 }
 
+func nameBehaves(rate int) string {
+	return fmt.Sprintf("open loop at 200/s of one caller, beside another that sends what it may, %s/s", pretty(float64(rate)))
+}
+
+func nameFlooded(rate int) string {
+	return fmt.Sprintf("open loop at 200/s of one caller, beside another that may send %s/s, and floods", pretty(float64(rate)))
+}
+
 func nameDelay(rate int) string {
 	return fmt.Sprintf("from commit to stream at %s/s", pretty(float64(rate)))
+}
+
+// apartSettings names who has which processors.
+func (l *lab) apartSettings() string {
+	if !l.canBeApart() {
+		return "; the generator takes from the processors of what it measures (no taskset, or only one)"
+	}
+	return "; the generator has half of the processors for itself, and what it measures the other half"
 }
 
 // loadSettings names the generator of a closed loop and its settings.

@@ -7,10 +7,15 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os/exec"
+	"runtime"
 	"slices"
+	"strconv"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"idempotent-orders/internal/testbed"
 )
 
 const (
@@ -21,20 +26,22 @@ const (
 	overloadMany    = 4000 // connections that send again at once
 	manyConns       = 10_000
 	floodConns      = 256
-	callerRate      = 1000 // requests a second that each caller may send
+	callerRate      = 250  // requests a second that each caller may send,
+	callerRateMost  = 1000 // or as many
 	behavedRate     = 200  // and that one sends who behaves
 	behavedSeconds  = 20
 	newcomerEvery   = 50 * time.Millisecond
 	recoveryLimit   = 30 * time.Second
 )
 
-// overload offers a multiple of the peak, open loop, and then asks how soon it is over.
+// overload offers a multiple of the peak, open loop, and then asks how soon it is over. The generator has processors of its own: it
+// would take more from what it overloads than what that has to refuse.
 func (l *lab) overload(ctx context.Context, factor float64, underWay, seconds int) (sample, error) {
 	peak := l.peak(server)
 	if peak < 1 {
 		return sample{}, errors.New("the rate follows from the peak; measure it in the same run: --only intake,overload")
 	}
-	o := load{Rate: int(factor * peak), Workers: underWay, Seconds: seconds}
+	o := load{Rate: int(factor * peak), Workers: underWay, Seconds: seconds, OwnProcessors: true}
 	s, err := l.overloaded(ctx, l.open, o, fmt.Sprintf("asked for %d/s", o.Rate))
 	if own := l.taken[nameAtPeak]; len(own) > 0 {
 		s.note += fmt.Sprintf("; %.2f of what this generator gets with %d under way", s.rate/own[0].rate, clientsMany)
@@ -62,6 +69,13 @@ func (l *lab) overloaded(ctx context.Context, send func(context.Context, load) (
 		return sample{}, err
 	}
 	o.Addr, o.Body = p.addr, body
+	if o.OwnProcessors {
+		together, err := l.apart(p)
+		defer together()
+		if err != nil {
+			return sample{}, err
+		}
+	}
 	watched, refused := l.watch(p), comeAnew(ctx, p.addr)
 	a, err := send(ctx, o)
 	newcomers := refused()
@@ -89,6 +103,30 @@ func (l *lab) overloaded(ctx context.Context, send func(context.Context, load) (
 	s.note += fmt.Sprintf("; normal again after %.1f s", recovered.Seconds())
 	return s, nil
 }
+
+// apart keeps a contender and the stores on the first half of the processors, where load with OwnProcessors is not made. The returned
+// function gives them all back.
+func (l *lab) apart(p *process) (together func(), err error) {
+	if !l.canBeApart() {
+		return func() {}, nil
+	}
+	keep := func(first, last int) error {
+		where := fmt.Sprintf("%d-%d", first, last)
+		for _, pid := range []int{l.postgres.Pid(), l.redis.Pid(), p.cmd.Process.Pid} {
+			if said, err := exec.Command(l.taskset, "-apc", where, strconv.Itoa(pid)).CombinedOutput(); err != nil {
+				return fmt.Errorf("give a process processors of its own: %w: %s", err, said)
+			}
+			for child := range testbed.Children(pid) {
+				_ = exec.Command(l.taskset, "-apc", where, strconv.Itoa(child)).Run() // it may have ended
+			}
+		}
+		return nil
+	}
+	return func() { _ = keep(0, runtime.NumCPU()-1) }, keep(0, runtime.NumCPU()/2-1)
+}
+
+// canBeApart tells whether the generator and what it measures can have processors of their own.
+func (l *lab) canBeApart() bool { return l.taskset != "" && runtime.NumCPU() > 1 }
 
 // comeAnew has somebody come anew every 50 ms, and place an order over a connection of its own. The returned function ends that, and
 // returns for those who were refused how long it took from the connect to the answer, in microseconds.
@@ -153,12 +191,12 @@ func (l *lab) recovers(ctx context.Context, p *process, normal float64) (time.Du
 	return time.Since(start), nil
 }
 
-// beside has one caller send 200 orders a second while another sends a load, if it is given one.
-func (l *lab) beside(ctx context.Context, other *load) (sample, error) {
+// beside has one caller send 200 orders a second while another sends a load, if it is given one. Both may send so many a second.
+func (l *lab) beside(ctx context.Context, rate int, other *load) (sample, error) {
 	if err := l.reset(ctx); err != nil {
 		return sample{}, err
 	}
-	p, err := l.start(ctx, server, database, "API_KEYS="+apiKey("behaves")+","+apiKey("other"), fmt.Sprintf("RATE_LIMIT=%d/s", callerRate))
+	p, err := l.start(ctx, server, database, "API_KEYS="+apiKey("behaves")+","+apiKey("other"), fmt.Sprintf("RATE_LIMIT=%d/s", rate))
 	if err != nil {
 		return sample{}, err
 	}

@@ -157,8 +157,14 @@ var goals = []goal{
 	{"orders/s while 4,000 connections send again at once ÷ intake", 0.9, false, func(r *round) float64 {
 		return r.rate(nameOverload) / r.rate(r.bestOf(server))
 	}},
-	{"p99 of one caller beside another that floods ÷ alone", 1.1, true, func(r *round) float64 {
-		return r.sample(nameFlooded).p99 / r.sample(nameAlone).p99
+	{"orders/s at 10 times the peak, open loop ÷ at the peak with the same generator", 0.9, false, func(r *round) float64 {
+		return r.rate(nameOverloadOpen) / r.rate(nameAtPeak)
+	}},
+	{"p99 of one caller beside another that may send 250/s, and floods ÷ alone", 1.1, true, func(r *round) float64 {
+		return r.sample(nameFlooded(callerRate)).p99 / r.sample(nameAlone).p99
+	}},
+	{"p99 of one caller beside another that may send 1,000/s, and floods ÷ alone", 1.1, true, func(r *round) float64 {
+		return r.sample(nameFlooded(callerRateMost)).p99 / r.sample(nameAlone).p99
 	}},
 	{"memory of the program at its peak, in any line below but overload and idle connections, MB", 150, true, func(r *round) float64 {
 		peak := int64(0)
