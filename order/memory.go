@@ -1,6 +1,7 @@
 package order
 
 import (
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -10,7 +11,7 @@ import (
 )
 
 const (
-	// remembers is how many keys a process remembers, at about 250 bytes each.
+	// remembers is how many keys a process remembers, at about 250 bytes each, and what was noted.
 	remembers = 50_000
 	// remembersFor is for how long at most. A committed answer does not change, but a database may be put back in time.
 	remembersFor = 10 * time.Minute
@@ -21,13 +22,19 @@ const (
 // memory is what this process knows to be committed, so that a storm of retries asks nobody. The caller is part of what is
 // digested, so nobody gets another's answer.
 type memory struct {
-	held *otter.Cache[uuid.UUID, holding]
+	held *otter.Cache[uuid.UUID, *remembered]
+}
+
+// remembered is a key that is held, and what was noted with it.
+type remembered struct {
+	holding
+	note atomic.Value
 }
 
 func newMemory() memory {
-	return memory{otter.Must(&otter.Options[uuid.UUID, holding]{
+	return memory{otter.Must(&otter.Options[uuid.UUID, *remembered]{
 		MaximumSize: remembers,
-		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[uuid.UUID, holding]) time.Duration {
+		ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[uuid.UUID, *remembered]) time.Duration {
 			return max(1, min(remembersFor, time.Until(e.Value.expiresAt)-remembersShort)) // 0 would be for ever
 		}),
 	})}
@@ -37,16 +44,21 @@ func newMemory() memory {
 func (m memory) learn(holders map[uuid.UUID]holding) {
 	for digest, holder := range holders {
 		if time.Until(holder.expiresAt) > remembersShort {
-			m.held.Set(digest, holder)
+			m.held.Set(digest, &remembered{holding: holder})
 		}
 	}
 }
 
 // recall returns the result of a send whose key is remembered, and idempotency.ErrNotCommitted for any other.
 func (m memory) recall(send Send) Result {
-	holder, ok := m.held.GetIfPresent(send.Key.Digest())
-	if !ok || time.Until(holder.expiresAt) <= remembersShort {
+	known, ok := m.get(send.Key)
+	if !ok {
 		return Result{Err: idempotency.ErrNotCommitted}
 	}
-	return holder.judge(send.Draft.Fingerprint(), uuid.Nil)
+	return known.judge(send.Draft.Fingerprint(), uuid.Nil)
+}
+
+func (m memory) get(key idempotency.Key) (*remembered, bool) {
+	known, ok := m.held.GetIfPresent(key.Digest())
+	return known, ok && time.Until(known.expiresAt) > remembersShort
 }

@@ -49,6 +49,40 @@ func TestWhatIsCommittedIsRememberedAndNothingElse(t *testing.T) {
 	}
 }
 
+func TestANoteStandsWithItsAnswerAlone(t *testing.T) {
+	t.Parallel()
+	store := NewStore(testenv.Database(t), time.Hour, nil)
+	key := send("k", 1).Key
+	store.Note(key, Placement{}, "of a key that is not remembered")
+	placed, err := store.Place(send("k", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := store.Noted(key); got != nil {
+		t.Errorf("before: %v", got)
+	}
+	store.Note(key, placed, "first")
+	store.Note(key, placed, "second")
+	another, later := placed, placed
+	another.OrderID, later.ExpiresAt = newID(), placed.ExpiresAt.Add(time.Second)
+	store.Note(key, another, "of another order")
+	store.Note(key, later, "of another time")
+	if got := store.Noted(key); got != "second" {
+		t.Errorf("noted is %v", got)
+	}
+	foreign := key
+	foreign.Caller = "another"
+	if got := store.Noted(foreign); got != nil {
+		t.Errorf("another caller is told %v", got)
+	}
+	past := &remembered{holding: holding{orderID: placed.OrderID, expiresAt: time.Now().Add(remembersShort)}}
+	past.note.Store("old")
+	store.memory.held.Set(key.Digest(), past)
+	if got := store.Noted(key); got != nil {
+		t.Errorf("of a key that is about to expire: %v", got)
+	}
+}
+
 func TestAKeyThatIsAboutToExpireIsNotRemembered(t *testing.T) {
 	t.Parallel()
 	store := NewStore(testenv.Database(t), remembersShort, nil)
@@ -59,7 +93,7 @@ func TestAKeyThatIsAboutToExpireIsNotRemembered(t *testing.T) {
 		t.Errorf("it is remembered: %v", err)
 	}
 	// Nor when its time comes between the look and the entry.
-	past := holding{fingerprint: send("k", 1).Draft.Fingerprint(), expiresAt: time.Now()}
+	past := &remembered{holding: holding{fingerprint: send("k", 1).Draft.Fingerprint(), expiresAt: time.Now()}}
 	store.memory.held.Set(send("k", 1).Key.Digest(), past)
 	if _, err := store.Recall(send("k", 1)); !errors.Is(err, idempotency.ErrNotCommitted) {
 		t.Errorf("it is remembered for ever: %v", err)

@@ -92,6 +92,23 @@ func (s *Store) Recall(send Send) (Placement, error) {
 	return result.Placement, result.Err
 }
 
+// Note keeps something of the caller's own with a key for as long as Recall knows the key, if answer is still what Recall returns.
+// All notes have the same type.
+func (s *Store) Note(key idempotency.Key, answer Placement, note any) {
+	if known, ok := s.memory.get(key); ok && known.orderID == answer.OrderID && known.expiresAt.Equal(answer.ExpiresAt) {
+		known.note.Store(note)
+	}
+}
+
+// Noted returns what was noted last with a key that Recall knows, or nil.
+func (s *Store) Noted(key idempotency.Key) any {
+	known, ok := s.memory.get(key)
+	if !ok {
+		return nil
+	}
+	return known.note.Load()
+}
+
 // findAll finds what is committed under the keys of a batch of sends.
 func (s *Store) findAll(sends []Send) []Result {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)

@@ -41,6 +41,7 @@ type testAPI struct {
 	redis  redis.UniversalClient
 	server *testenv.RedisServer
 	log    *bytes.Buffer // read it only when the server is done
+	own    *Server
 	holds  *holds
 	stop   func()
 	client *http.Client
@@ -106,7 +107,7 @@ func serveAPI(t *testing.T, cfg Config, redisServer *testenv.RedisServer) *testA
 	}
 	return &testAPI{
 		t: t, url: "http://" + listener.Addr().String(), pool: cfg.Pool, redis: cfg.Redis, server: redisServer, log: &out,
-		holds: &s.holds, stop: stop, client: &http.Client{Transport: transport, Timeout: time.Minute}, routes: routes,
+		own: s, holds: &s.holds, stop: stop, client: &http.Client{Transport: transport, Timeout: time.Minute}, routes: routes,
 	}
 }
 

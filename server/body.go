@@ -33,28 +33,36 @@ type strictly struct {
 // PlaceOrder reads the body and answers with what Server.PlaceOrder returns.
 func (o strictly) PlaceOrder(w http.ResponseWriter, r *http.Request, params api.PlaceOrderParams) {
 	response, err := o.placeOrder(w, r, params)
+	o.server.respond(w, r, response, err)
+}
+
+// respond writes an answer, or the problem that err is.
+func (s *Server) respond(w http.ResponseWriter, r *http.Request, response api.PlaceOrderResponseObject, err error) {
 	fault.ServerAnswering.Reached()
 	if err == nil {
 		err = response.VisitPlaceOrderResponse(w)
 	}
 	if err != nil {
-		o.server.refuse(w, r, err)
+		s.refuse(w, r, err)
 	}
 	fault.ServerAnswered.Reached()
 }
 
 func (o strictly) placeOrder(w http.ResponseWriter, r *http.Request, params api.PlaceOrderParams) (api.PlaceOrderResponseObject, error) {
-	body, err := readBody(w, r)
+	body, err := bodyOf(w, r)
 	if err != nil {
 		return nil, err
 	}
-	fault.ServerRead.Reached()
 	request, err := parseOrderRequest(body)
 	if err != nil {
 		return nil, err
 	}
 	fault.ServerValidated.Reached()
-	return o.server.PlaceOrder(r.Context(), api.PlaceOrderRequestObject{Params: params, Body: &request})
+	response, err := o.server.PlaceOrder(r.Context(), api.PlaceOrderRequestObject{Params: params, Body: &request})
+	if placed, ok := response.(placedResponse); ok && placed.Replayed {
+		o.server.note(r, params.IdempotencyKey, body, placed)
+	}
+	return response, err
 }
 
 // readBody returns the body, empty when there is none, or why it is refused.
@@ -76,6 +84,7 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if len(body) > 0 && !isJSON(r.Header) {
 		return nil, errUnsupportedMediaType
 	}
+	fault.ServerRead.Reached()
 	return body, nil
 }
 

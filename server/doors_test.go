@@ -51,7 +51,7 @@ func TestEveryDoorAnswersAProblem(t *testing.T) {
 func TestAPanicIsAProblemAndIsLogged(t *testing.T) {
 	t.Parallel()
 	api := newAPI(t)
-	s := New(Config{Pool: api.pool, Redis: api.redis, Log: serverLog(api)}) // without a guard: placing panics
+	s := New(Config{Orders: api.own.Orders, Pool: api.pool, Redis: api.redis, Log: serverLog(api)}) // without a guard: placing panics
 	w := httptest.NewRecorder()
 	r := httptest.NewRequest("POST", "/orders", nil)
 	r.Header.Set("Idempotency-Key", "secret")

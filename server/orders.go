@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"errors"
-	"io"
 	"net/http"
 	"time"
 
@@ -14,16 +13,12 @@ import (
 
 // PlaceOrder places an order, or repeats the answer to an earlier send of the same. The body has every member.
 func (s *Server) PlaceOrder(ctx context.Context, request api.PlaceOrderRequestObject) (api.PlaceOrderResponseObject, error) {
-	caller, err := s.caller(ctx)
-	if err != nil {
-		return nil, err
-	}
-	key, err := idempotency.ParseKey(request.Params.IdempotencyKey)
+	key, err := s.keyOf(ctx, request.Params.IdempotencyKey)
 	if err != nil {
 		return nil, err
 	}
 	send := order.Send{
-		Key:   idempotency.Key{Caller: caller, Operation: order.Operation, Value: key},
+		Key:   key,
 		Draft: order.Draft{UserID: *request.Body.UserId, Amount: *request.Body.Amount},
 	}
 	if request.Params.Traceparent != nil {
@@ -92,15 +87,32 @@ var applicationJSON, replayed = []string{"application/json"}, []string{"true"}
 
 // VisitPlaceOrderResponse writes the answer.
 func (p placedResponse) VisitPlaceOrderResponse(w http.ResponseWriter) error {
+	return p.text().write(w, p.Replayed)
+}
+
+// placedText is the answer to a placement, as it is written.
+type placedText struct {
+	expires, location []string // each the values of a header
+	content           []byte
+}
+
+func (p placedResponse) text() placedText {
 	location := "/orders/" + p.OrderID.String()
+	return placedText{
+		expires: []string{p.ExpiresAt.Format(time.RFC3339)}, location: []string{location},
+		content: []byte(`{"status":"success","order_id":"` + location[len("/orders/"):] + "\"}\n"),
+	}
+}
+
+func (t placedText) write(w http.ResponseWriter, isReplay bool) error {
 	h := w.Header()
 	h["Content-Type"] = applicationJSON
-	h["Idempotency-Expires"] = []string{p.ExpiresAt.Format(time.RFC3339)}
-	if p.Replayed {
+	h["Idempotency-Expires"] = t.expires
+	if isReplay {
 		h["Idempotency-Replayed"] = replayed
 	}
-	h["Location"] = []string{location}
-	_, err := io.WriteString(w, `{"status":"success","order_id":"`+location[len("/orders/"):]+"\"}\n")
+	h["Location"] = t.location
+	_, err := w.Write(t.content)
 	return err
 }
 

@@ -64,15 +64,16 @@ const (
 // Server serves the operations of openapi.yaml.
 type Server struct {
 	Config
-	mux      *http.ServeMux
-	handler  http.Handler
-	docs     func() ([]byte, error) // the page, made when it is first asked for
-	working  *room                  // requests under way that do not wait for another send
-	waiting  *room                  // those that may, and so stay longer: they keep nobody out of the other
-	holds    holds
-	draining atomic.Bool     // it will stop: whoever asks is told, and served
-	stopping context.Context // done when the server stops: those who wait for another send give up
-	stop     context.CancelFunc
+	mux        *http.ServeMux
+	operations http.Handler // mux, and what needs not go so far
+	handler    http.Handler
+	docs       func() ([]byte, error) // the page, made when it is first asked for
+	working    *room                  // requests under way that do not wait for another send
+	waiting    *room                  // those that may, and so stay longer: they keep nobody out of the other
+	holds      holds
+	draining   atomic.Bool     // it will stop: whoever asks is told, and served
+	stopping   context.Context // done when the server stops: those who wait for another send give up
+	stop       context.CancelFunc
 }
 
 var _ api.StrictServerInterface = (*Server)(nil)
@@ -102,6 +103,7 @@ func New(cfg Config) *Server {
 		ErrorHandlerFunc: s.refuseParameter,
 	})
 	s.mux.HandleFunc("/", s.refuseUnknown)
+	s.operations = s.repeated(s.mux)
 	s.handler = s.recovered(s.tidied(http.HandlerFunc(s.route)))
 	return s
 }
@@ -235,7 +237,7 @@ func (s *Server) route(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, r, err)
 		return
 	}
-	s.mux.ServeHTTP(w, known)
+	s.operations.ServeHTTP(w, known)
 }
 
 // skipBody reads the body of a known caller's request, so that the connection can be used again, if it is small and comes in time, and
