@@ -75,9 +75,8 @@ func TestANoteStandsWithItsAnswerAlone(t *testing.T) {
 	if got := store.Noted(foreign); got != nil {
 		t.Errorf("another caller is told %v", got)
 	}
-	past := &remembered{holding: holding{orderID: placed.OrderID, expiresAt: time.Now().Add(remembersShort)}}
-	past.note.Store("old")
-	store.memory.held.Set(key.Digest(), past)
+	known, _ := store.memory.get(key)
+	known.expiresAt = time.Now().Add(remembersShort)
 	if got := store.Noted(key); got != nil {
 		t.Errorf("of a key that is about to expire: %v", got)
 	}

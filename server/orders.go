@@ -79,8 +79,7 @@ func answerTo(placed order.Placement, err error) (api.PlaceOrderResponseObject, 
 	return placedResponse(placed), nil
 }
 
-// placedResponse writes what api.PlaceOrder200JSONResponse would, byte for byte, in a fraction of its time: most of what a
-// replay costs here is its answer.
+// placedResponse writes what api.PlaceOrder200JSONResponse would, byte for byte, in a fraction of its time.
 type placedResponse order.Placement
 
 var applicationJSON, replayed = []string{"application/json"}, []string{"true"}
