@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	// remembers is how many keys a process remembers, at about 250 bytes each, and what was noted.
+	// remembers is how many keys a process remembers, at about 250 bytes each, without what is noted with them.
 	remembers = 50_000
 	// remembersFor is for how long at most. A committed answer does not change, but a database may be put back in time.
 	remembersFor = 10 * time.Minute

@@ -55,7 +55,7 @@ func (s *Server) noted(r *http.Request) *replay {
 	return known
 }
 
-// note keeps a replay for the next send, if its body is no longer than twice what an order needs.
+// note keeps a replay for the next send, in some 300 bytes and its body, if that is no longer than twice what an order needs.
 func (s *Server) note(r *http.Request, header string, body []byte, placed placedResponse) {
 	const most = 256
 	if key, err := s.keyOf(r.Context(), header); err == nil && len(body) <= most {
