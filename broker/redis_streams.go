@@ -25,8 +25,8 @@ const readSlack = time.Second
 type RedisStreams struct {
 	redis redis.UniversalClient
 
-	mu    sync.Mutex
-	known life // as it was seen last
+	mu   sync.Mutex
+	seen life // the last
 }
 
 // life is what Redis says of the stream.
@@ -34,8 +34,13 @@ type life struct {
 	epoch string // none when the stream has no mark, or is not there
 	marks []string
 	last  entryID // the last that was added
+	first entryID // the first that is there, or could come
 	cut   int64   // how many entries are gone that a group, if it has read any, has not read
-	known int64   // how many of these were gone when the mark was made
+	// pending are the groups that have not acknowledged all that they have read.
+	pending []string
+	// What was gone already when the mark was made: so many that were not read, and what was before this entry.
+	knownCut   int64
+	knownFirst entryID
 }
 
 // NewRedisStreams returns the broker that publishes in rdb.
@@ -127,7 +132,8 @@ func refuses(err error) bool {
 const epochMark = "epoch:"
 
 // Epoch is another when Redis was restarted, when another server took over, when the stream was lost, when its last entry is
-// older than one that was seen, and, from Redis 7 on, when it was trimmed of what a group had not read, unless that has read on.
+// older than one that was seen, when it was trimmed of what a group had not acknowledged, and, from Redis 7 on, of what one had not
+// read, unless that has read on.
 func (b *RedisStreams) Epoch(ctx context.Context) (string, error) {
 	epoch, err := b.epoch(ctx)
 	if err != nil {
@@ -143,14 +149,21 @@ func (b *RedisStreams) epoch(ctx context.Context) (string, error) {
 		return "", err
 	}
 	now, err := ask(ctx, node, false)
-	if err == nil && (now.epoch == "" || b.isBehind(now)) {
+	if err != nil {
+		return "", err
+	}
+	lost := now.epoch == "" || b.isBehind(now)
+	if !lost {
+		lost, err = lostPending(ctx, node, now)
+	}
+	if err == nil && lost {
 		now, err = mark(ctx, node, now)
 	}
 	if err != nil {
 		return "", err
 	}
 	b.mu.Lock()
-	b.known = now
+	b.seen = now
 	b.mu.Unlock()
 	return now.epoch, nil
 }
@@ -161,7 +174,7 @@ func mark(ctx context.Context, node *redis.Client, had life) (life, error) {
 		for _, name := range had.marks {
 			p.XGroupDestroy(ctx, Stream, name)
 		}
-		p.XGroupCreateMkStream(ctx, Stream, fmt.Sprintf("%s%s:%d", epochMark, uuid.New(), had.cut), "$")
+		p.XGroupCreateMkStream(ctx, Stream, fmt.Sprintf("%s%s:%d:%s", epochMark, uuid.New(), had.cut, had.first), "$")
 		return nil
 	})
 	if err != nil {
@@ -174,11 +187,27 @@ func mark(ctx context.Context, node *redis.Client, had life) (life, error) {
 	return now, err
 }
 
+// lostPending tells whether the stream was trimmed of what a group has read and not acknowledged. Whoever read it may have died.
+func lostPending(ctx context.Context, node *redis.Client, now life) (bool, error) {
+	if !now.knownFirst.less(now.first) {
+		return false, nil
+	}
+	for _, group := range now.pending {
+		gone, err := node.XPendingExt(ctx, &redis.XPendingExtArgs{
+			Stream: Stream, Group: group, Start: now.knownFirst.String(), End: "(" + now.first.String(), Count: 1,
+		}).Result()
+		if err != nil || len(gone) > 0 {
+			return len(gone) > 0, err
+		}
+	}
+	return false, nil
+}
+
 // isBehind tells whether the stream has forgotten what it had, and not its mark: it was put back as it was, or cut.
 func (b *RedisStreams) isBehind(now life) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return now.cut > now.known || now.epoch == b.known.epoch && now.last.less(b.known.last)
+	return now.cut > now.knownCut || now.epoch == b.seen.epoch && now.last.less(b.seen.last)
 }
 
 // added notes the last entry that was added.
@@ -186,8 +215,8 @@ func (b *RedisStreams) added(epoch, id string) {
 	last, err := parseEntryID(id)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if err == nil && epoch == b.known.epoch {
-		b.known.last = last
+	if err == nil && epoch == b.seen.epoch {
+		b.seen.last = last
 	}
 }
 
@@ -241,6 +270,9 @@ func ask(ctx context.Context, server redis.Cmdable, watch bool) (now life, err e
 	}
 	if there := stream.Val(); there != nil {
 		now.last, _ = parseEntryID(there.LastGeneratedID) // a Redis inside the process has none at first
+		if now.first, _ = parseEntryID(there.FirstEntry.ID); there.Length == 0 {
+			now.first = now.last.next()
+		}
 		for _, group := range groups.Val() {
 			if strings.HasPrefix(group.Name, epochMark) {
 				now.marks = append(now.marks, group.Name)
@@ -248,12 +280,17 @@ func ask(ctx context.Context, server redis.Cmdable, watch bool) (now life, err e
 				// More was to be read than there is. Of a stream that was trimmed a newer Redis tells as the lag what is left.
 				now.cut = max(now.cut, there.EntriesAdded-group.EntriesRead-there.Length)
 			}
+			if group.Pending > 0 {
+				now.pending = append(now.pending, group.Name)
+			}
 		}
 	}
 	if len(now.marks) > 0 {
 		now.epoch = runID + " " + replID + " " + now.marks[0]
 		_, known, _ := strings.Cut(now.marks[0][len(epochMark):], ":")
-		now.known, _ = strconv.ParseInt(known, 10, 64) // none in one that a former release made
+		cut, first, _ := strings.Cut(known, ":")
+		now.knownCut, _ = strconv.ParseInt(cut, 10, 64) // none of these in one that a former release made
+		now.knownFirst, _ = parseEntryID(first)
 	}
 	return now, nil
 }

@@ -114,6 +114,67 @@ func TestABatchIsAddedHoweverOftenTheStreamIsTrimmedMeanwhile(t *testing.T) {
 	b.has(t, 2)
 }
 
+func TestTheEpochIsAnotherOnceForEachTrimOfWhatIsNotAcknowledged(t *testing.T) {
+	t.Parallel()
+	b, epoch := newStreams(t)
+	ctx, group := t.Context(), b.Subscribe("email", "one", time.Hour)
+	receive := func(n int) (tags []string) {
+		t.Helper()
+		if err := b.Publish(ctx, epoch, events(n)); err != nil {
+			t.Fatal(err)
+		}
+		deliveries, err := group.Receive(ctx, n, 0)
+		if err != nil || len(deliveries) != n {
+			t.Fatal(deliveries, err)
+		}
+		for _, d := range deliveries {
+			tags = append(tags, d.Tag)
+		}
+		return tags
+	}
+	stays := func(when string) {
+		t.Helper()
+		if now := mustEpoch(t, b); now != epoch {
+			t.Errorf("%s the epoch is %s; it was %s", when, now, epoch)
+			epoch = now
+		}
+	}
+	ends := func(when string) {
+		t.Helper()
+		now := mustEpoch(t, b)
+		if now == epoch {
+			t.Errorf("%s the epoch is what it was", when)
+		}
+		epoch = now
+	}
+	tags := receive(4)
+	stays("with all of it pending")
+	if err := group.Ack(ctx, tags[:1]); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := b.Trim(ctx, "email"); err != nil || n != 1 {
+		t.Fatal(n, err)
+	}
+	stays("with what was acknowledged trimmed")
+	for _, left := range []int64{2, 0} { // by hand
+		if err := b.redis.XTrimMaxLen(ctx, Stream, left).Err(); err != nil {
+			t.Fatal(err)
+		}
+		ends("with what was pending trimmed")
+		stays("asked again")
+	}
+	tags = receive(2)
+	stays("with more of it pending")
+	if err := b.redis.XTrimMaxLen(ctx, Stream, 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	ends("with that trimmed, too,")
+	if err := group.Ack(ctx, tags); err != nil { // whoever had it lives
+		t.Fatal(err)
+	}
+	stays("with that acknowledged")
+}
+
 func TestABatchThatIsDisturbedForEverEnds(t *testing.T) {
 	t.Parallel()
 	b, epoch := newStreams(t)

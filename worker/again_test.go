@@ -31,6 +31,14 @@ var forgets = map[string]func(b *bench) func(){
 	"the stream is trimmed of what nobody has read": func(b *bench) func() {
 		return func() { b.redis.XTrimMaxLen(b.t.Context(), broker.Stream, 0) }
 	},
+	"the stream is trimmed of what was read, and its reader is gone": func(b *bench) func() {
+		return func() {
+			if _, err := b.broker.Subscribe(EmailConsumer, "gone", time.Hour).Receive(b.t.Context(), 1000, 0); err != nil {
+				b.t.Error(err)
+			}
+			b.redis.XTrimMaxLen(b.t.Context(), broker.Stream, 0)
+		}
+	},
 	"it is killed, and is empty": func(b *bench) func() {
 		return func() { b.server.Kill(); b.server.Forget(); b.startRedis() }
 	},
