@@ -18,6 +18,10 @@ import (
 // Stream is the Redis stream of events.
 const Stream = "orders.events"
 
+// lostPendingEvery is how long what is pending, and gone, is not looked for after some was found: where somebody else trims the stream all
+// the time, what was published again would have to be again before it all is, and nothing new would ever be.
+const lostPendingEvery = 20 * time.Second
+
 // readSlack is how much longer than asked for a read may take.
 const readSlack = time.Second
 
@@ -27,6 +31,9 @@ type RedisStreams struct {
 
 	mu   sync.Mutex
 	seen life // the last
+
+	lostPending      time.Time // when some was found; of Epoch's caller
+	lostPendingEvery time.Duration
 }
 
 // life is what Redis says of the stream.
@@ -44,7 +51,9 @@ type life struct {
 }
 
 // NewRedisStreams returns the broker that publishes in rdb.
-func NewRedisStreams(rdb redis.UniversalClient) *RedisStreams { return &RedisStreams{redis: rdb} }
+func NewRedisStreams(rdb redis.UniversalClient) *RedisStreams {
+	return &RedisStreams{redis: rdb, lostPendingEvery: lostPendingEvery}
+}
 
 // ErrForgot: Redis is not in that epoch any more.
 var ErrForgot = errors.New("redis may have forgotten what it accepted")
@@ -153,8 +162,10 @@ func (b *RedisStreams) epoch(ctx context.Context) (string, error) {
 		return "", err
 	}
 	lost := now.epoch == "" || b.isBehind(now)
-	if !lost {
-		lost, err = lostPending(ctx, node, now)
+	if !lost && time.Since(b.lostPending) >= b.lostPendingEvery {
+		if lost, err = lostPending(ctx, node, now); lost {
+			b.lostPending = time.Now()
+		}
 	}
 	if err == nil && lost {
 		now, err = mark(ctx, node, now)
@@ -174,7 +185,7 @@ func mark(ctx context.Context, node *redis.Client, had life) (life, error) {
 		for _, name := range had.marks {
 			p.XGroupDestroy(ctx, Stream, name)
 		}
-		p.XGroupCreateMkStream(ctx, Stream, fmt.Sprintf("%s%s:%d:%s", epochMark, uuid.New(), had.cut, had.first), "$")
+		p.XGroupCreateMkStream(ctx, Stream, fmt.Sprintf("%s%s/%s:%d", epochMark, uuid.New(), had.first, had.cut), "$")
 		return nil
 	})
 	if err != nil {
@@ -287,9 +298,9 @@ func ask(ctx context.Context, server redis.Cmdable, watch bool) (now life, err e
 	}
 	if len(now.marks) > 0 {
 		now.epoch = runID + " " + replID + " " + now.marks[0]
-		_, known, _ := strings.Cut(now.marks[0][len(epochMark):], ":")
-		cut, first, _ := strings.Cut(known, ":")
-		now.knownCut, _ = strconv.ParseInt(cut, 10, 64) // none of these in one that a former release made
+		name, cut, _ := strings.Cut(now.marks[0][len(epochMark):], ":") // neither is in one that a former release made
+		now.knownCut, _ = strconv.ParseInt(cut, 10, 64)
+		_, first, _ := strings.Cut(name, "/")
 		now.knownFirst, _ = parseEntryID(first)
 	}
 	return now, nil

@@ -92,14 +92,20 @@ ORDER BY p.published_at, p.id LIMIT @batch_size::bigint;
 -- Takes back that the consumer finished these events, if that was before they were replayed: they are as if their receivers had
 -- abandoned them. One that was finished since stays so: the replay was delivered twice. None of them was published before the given
 -- time: should the broker forget them now, they are published again (as in LowerFinished).
-WITH opened AS (
+-- The rows are locked in order, and the mark last: two consumers must not wait for each other in a circle.
+WITH forced AS (
+    SELECT unnest(@event_ids::uuid[]) AS event_id, unnest(@replayed_ats::timestamptz[]) AS replayed_at
+), locked AS MATERIALIZED (
+    SELECT i.event_id FROM inbox i JOIN forced USING (event_id)
+    WHERE i.consumer = @consumer AND i.state <> 'received' AND i.finished_at < forced.replayed_at
+    ORDER BY i.event_id FOR UPDATE OF i
+), opened AS (
     UPDATE inbox i SET state = 'received', received_at = 'epoch', finished_at = NULL, reason = NULL
-    FROM (SELECT unnest(@event_ids::uuid[]) AS event_id, unnest(@replayed_ats::timestamptz[]) AS replayed_at) AS forced
-    WHERE i.consumer = @consumer AND i.event_id = forced.event_id AND i.state <> 'received' AND i.finished_at < forced.replayed_at
+    WHERE i.consumer = @consumer AND i.event_id = ANY (ARRAY(SELECT locked.event_id FROM locked))
     RETURNING i.event_id
 )
 UPDATE relay_state SET finished_to = LEAST(finished_to, @published_since::timestamptz) - interval '1 microsecond'
-WHERE one AND EXISTS (SELECT FROM opened);
+WHERE one AND (SELECT count(*) FROM opened) > 0;
 
 -- name: CountWaiting :one
 -- How many events of an order wait to be published, and whether it is parked.

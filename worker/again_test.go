@@ -31,14 +31,6 @@ var forgets = map[string]func(b *bench) func(){
 	"the stream is trimmed of what nobody has read": func(b *bench) func() {
 		return func() { b.redis.XTrimMaxLen(b.t.Context(), broker.Stream, 0) }
 	},
-	"the stream is trimmed of what was read, and its reader is gone": func(b *bench) func() {
-		return func() {
-			if _, err := b.broker.Subscribe(EmailConsumer, "gone", time.Hour).Receive(b.t.Context(), 1000, 0); err != nil {
-				b.t.Error(err)
-			}
-			b.redis.XTrimMaxLen(b.t.Context(), broker.Stream, 0)
-		}
-	},
 	"it is killed, and is empty": func(b *bench) func() {
 		return func() { b.server.Kill(); b.server.Forget(); b.startRedis() }
 	},
@@ -90,6 +82,24 @@ func TestWhatRedisForgotIsPublishedAgainAndMailedOnce(t *testing.T) {
 func (b *bench) publish(relay *Relay) {
 	b.t.Helper()
 	b.eventually("the relay publishes", func() bool { return relay.Drain(b.t.Context()) == nil })
+}
+
+func TestWhatIsTrimmedAfterItsReaderDiedIsPublishedAgain(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	relay := b.relay(b.broker)
+	b.place(3)
+	b.mustRun(relay, 3)
+	if got, err := b.broker.Subscribe(EmailConsumer, "gone", time.Hour).Receive(t.Context(), 10, 0); err != nil || len(got) != 3 {
+		t.Fatal(got, err)
+	}
+	if err := b.redis.XTrimMaxLen(t.Context(), broker.Stream, 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	relay.checked = time.Time{}
+	b.drain(relay, b.consumer("one", b.mails))
+	b.finished(3)
+	b.reconciled(0)
 }
 
 func TestAnotherRelayGoesOnPublishingAgain(t *testing.T) {

@@ -275,11 +275,12 @@ func (s *Sweeper) lookAtFinished(ctx context.Context, q *db.Queries, at *place, 
 
 // expireRest takes what is old and finished out of the default partition.
 func (s *Sweeper) expireRest(ctx context.Context, q *db.Queries, done *swept) error {
-	if kept, err := s.mayBeDelivered(ctx, time.Now().Add(-s.retention)); err != nil || kept {
+	retention := max(s.retention, 2*clocksApart) // else what comes now would always be from that time
+	if kept, err := s.mayBeDelivered(ctx, time.Now().Add(-retention)); err != nil || kept {
 		return err
 	}
 	err := s.steps(ctx, done, func(ctx context.Context) (bool, error) {
-		n, err := q.ExpireRest(ctx, db.ExpireRestParams{Retention: s.retention, Consumer: EmailConsumer, BatchSize: restBatch})
+		n, err := q.ExpireRest(ctx, db.ExpireRestParams{Retention: retention, Consumer: EmailConsumer, BatchSize: restBatch})
 		done.expired += int64(n)
 		return n < restBatch, err
 	})

@@ -408,32 +408,38 @@ func (q *Queries) FindPublishedEvents(ctx context.Context, arg FindPublishedEven
 }
 
 const forceInbox = `-- name: ForceInbox :exec
-WITH opened AS (
+WITH forced AS (
+    SELECT unnest($2::uuid[]) AS event_id, unnest($3::timestamptz[]) AS replayed_at
+), locked AS MATERIALIZED (
+    SELECT i.event_id FROM inbox i JOIN forced USING (event_id)
+    WHERE i.consumer = $4 AND i.state <> 'received' AND i.finished_at < forced.replayed_at
+    ORDER BY i.event_id FOR UPDATE OF i
+), opened AS (
     UPDATE inbox i SET state = 'received', received_at = 'epoch', finished_at = NULL, reason = NULL
-    FROM (SELECT unnest($3::uuid[]) AS event_id, unnest($4::timestamptz[]) AS replayed_at) AS forced
-    WHERE i.consumer = $2 AND i.event_id = forced.event_id AND i.state <> 'received' AND i.finished_at < forced.replayed_at
+    WHERE i.consumer = $4 AND i.event_id = ANY (ARRAY(SELECT locked.event_id FROM locked))
     RETURNING i.event_id
 )
 UPDATE relay_state SET finished_to = LEAST(finished_to, $1::timestamptz) - interval '1 microsecond'
-WHERE one AND EXISTS (SELECT FROM opened)
+WHERE one AND (SELECT count(*) FROM opened) > 0
 `
 
 type ForceInboxParams struct {
 	PublishedSince time.Time
-	Consumer       string
 	EventIds       []uuid.UUID
 	ReplayedAts    []time.Time
+	Consumer       string
 }
 
 // Takes back that the consumer finished these events, if that was before they were replayed: they are as if their receivers had
 // abandoned them. One that was finished since stays so: the replay was delivered twice. None of them was published before the given
 // time: should the broker forget them now, they are published again (as in LowerFinished).
+// The rows are locked in order, and the mark last: two consumers must not wait for each other in a circle.
 func (q *Queries) ForceInbox(ctx context.Context, arg ForceInboxParams) error {
 	_, err := q.db.Exec(ctx, forceInbox,
 		arg.PublishedSince,
-		arg.Consumer,
 		arg.EventIds,
 		arg.ReplayedAts,
+		arg.Consumer,
 	)
 	return err
 }
