@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -56,15 +57,22 @@ func (l *lab) delay(ctx context.Context, rate int) (s sample, err error) {
 	if err != nil {
 		return s, err
 	}
+	if len(sinceCommit) == 0 {
+		return s, errors.New("nothing came to the stream after the warm-up")
+	}
 	s.p50, s.p99 = sinceCommit[len(sinceCommit)/2], sinceCommit[len(sinceCommit)*99/100]
 	s.note = fmt.Sprintf("from the begin of the statement %.1f and %.1f ms", sinceBegun[len(sinceBegun)/2]/1000, sinceBegun[len(sinceBegun)*99/100]/1000)
 	return s, nil
 }
 
 // delays returns how long each event in the stream took to get there, in microseconds, from its order's commit and from when
-// the statement began that placed it, the shortest first.
+// the statement began that placed it, the shortest first; but for those of the generator's warm-up, which lasts a second.
 func (l *lab) delays(ctx context.Context) (sinceCommit, sinceBegun []float64, err error) {
 	committed := map[string]time.Time{}
+	var warm time.Time
+	if err := l.pool.QueryRow(ctx, "SELECT min(created_at) + interval '1 second' FROM orders").Scan(&warm); err != nil {
+		return nil, nil, err
+	}
 	var order string
 	var at time.Time
 	// The time in a commit's record, which PostgreSQL takes before it writes that out.
@@ -95,9 +103,12 @@ func (l *lab) delays(ctx context.Context) (sinceCommit, sinceBegun []float64, er
 			if !known {
 				return nil, nil, fmt.Errorf("the stream has an event of an order that is not there: %v", e.Values)
 			}
+			from = "(" + e.ID
+			if begun.Before(warm) {
+				continue
+			}
 			since := func(then time.Time) float64 { return float64(time.UnixMilli(added).Sub(then).Microseconds()) }
 			sinceCommit, sinceBegun = append(sinceCommit, since(commit)), append(sinceBegun, since(begun))
-			from = "(" + e.ID
 		}
 		if len(entries) < page {
 			slices.Sort(sinceCommit)

@@ -197,7 +197,7 @@ func (l *lab) measurements() []measurement {
 	}
 	for _, rate := range []int{deliveryRate, deliveryRateMost} {
 		all = append(all, measurement{group: "delivery", name: nameDelay(rate), unit: unitOrders, ours: true,
-			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys; `server` and `worker`; p50 and p99 are from commit to stream, those of the warm-up too", l.seconds),
+			settings: fmt.Sprintf("vegeta, fixed rate, %d s after 1 s of warm-up, fresh keys; `server` and `worker`; p50 and p99 are from commit to stream", l.seconds),
 			take:     func(ctx context.Context) (sample, error) { return l.delay(ctx, rate) }})
 	}
 	all = append(all, measurement{group: "delivery", name: nameRedrive, unit: unitSeconds, ours: true, take: l.redrive,
