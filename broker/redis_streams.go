@@ -32,7 +32,7 @@ type RedisStreams struct {
 	mu   sync.Mutex
 	seen life // the last
 
-	lostPending      time.Time // when some was found; of Epoch's caller
+	pendingLostAt    time.Time // when some was found; of Epoch's caller
 	lostPendingEvery time.Duration
 }
 
@@ -162,9 +162,9 @@ func (b *RedisStreams) epoch(ctx context.Context) (string, error) {
 		return "", err
 	}
 	lost := now.epoch == "" || b.isBehind(now)
-	if !lost && time.Since(b.lostPending) >= b.lostPendingEvery {
+	if !lost && time.Since(b.pendingLostAt) >= b.lostPendingEvery {
 		if lost, err = lostPending(ctx, node, now); lost {
-			b.lostPending = time.Now()
+			b.pendingLostAt = time.Now()
 		}
 	}
 	if err == nil && lost {
@@ -298,7 +298,7 @@ func ask(ctx context.Context, server redis.Cmdable, watch bool) (now life, err e
 	}
 	if len(now.marks) > 0 {
 		now.epoch = runID + " " + replID + " " + now.marks[0]
-		name, cut, _ := strings.Cut(now.marks[0][len(epochMark):], ":") // neither is in one that a former release made
+		name, cut, _ := strings.Cut(now.marks[0][len(epochMark):], ":") // a former release's has no entry in it, or neither
 		now.knownCut, _ = strconv.ParseInt(cut, 10, 64)
 		_, first, _ := strings.Cut(name, "/")
 		now.knownFirst, _ = parseEntryID(first)
